@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``supy.kernels``; imported only where Triton is installed."""

@@ -1,0 +1,55 @@
+"""Rotary position embedding in Triton: one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rotary_kernel(
+    x, cosine, sine, out,
+    n1, n2, half,
+    x0, x1, x2, x3,
+    t0, t1, t2, t3,
+    o0, o1, o2, o3,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    i2 = row % n2
+    i1 = row // n2 % n1
+    i0 = row // n2 // n1
+    x += i0 * x0 + i1 * x1 + i2 * x2
+    out += i0 * o0 + i1 * o1 + i2 * o2
+    table = i0 * t0 + i1 * t1 + i2 * t2
+
+    i = tl.arange(0, BLOCK)
+    inside = i < half
+    first = 2 * i if INTERLEAVED else i
+    second = first + (1 if INTERLEAVED else half)
+    a = tl.load(x + first * x3, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + second * x3, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cosine + table + i * t3, mask=inside, other=0.0)
+    s = tl.load(sine + table + i * t3, mask=inside, other=0.0)
+    if INVERSE:
+        s = -s
+    tl.store(out + first * o3, (a * c - b * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + second * o3, (b * c + a * s).to(out.dtype.element_ty), mask=inside)
+
+
+def rotary(
+    x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool, inverse: bool
+) -> torch.Tensor:
+    """x `[A, B, T, D]`; cosine, sine float32 `[A, B, T, D / 2]`, expanded views welcome."""
+    out = torch.empty_like(x)
+    half = x.shape[-1] // 2
+    if x.numel():
+        rotary_kernel[(x.shape[0] * x.shape[1] * x.shape[2],)](
+            x, cosine, sine, out, x.shape[1], x.shape[2], half,
+            *x.stride(), *cosine.stride(), *out.stride(),
+            INTERLEAVED=interleaved, INVERSE=inverse, BLOCK=triton.next_power_of_2(half),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,12 @@
+"""Accelerated PyTorch operators, modules and pipelines for gated attention, GlobalPointer, GPLinker and their kin.
+
+>>> import torch, supy
+>>> supy.ops.rotary(torch.ones(1, 2, 4)).shape
+torch.Size([1, 2, 4])
+"""
+
+from supy import ops
+from supy._library import use_backend
+
+__version__ = "0.1.0"
+__all__ = ["ops", "use_backend", "__version__"]

@@ -1,0 +1,128 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from supy import _extension
+from supy._checks import Shapes, require
+from supy._library import Gradient, Kernel, define
+from supy.reference.rotary import rotary as reference
+
+
+def _cpp(x, cosine, sine, interleaved, inverse):
+    out = torch.empty_like(x)
+    _extension.C.rotary(x, cosine, sine, out, interleaved, inverse)
+    return out
+
+
+def _triton(*args):
+    from supy.kernels.rotary import rotary as kernel
+
+    return kernel(*args)
+
+
+def _save(ctx, inputs, output):
+    _, cosine, sine, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cosine, sine)
+
+
+def _backward(ctx, grad):
+    # A rotation is orthogonal: its gradient turns back. It is the same operator, so it has every derivative.
+    return _rotary(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
+
+
+_half = (torch.bfloat16, torch.float16)
+_rotary = define(
+    "rotary(Tensor x, Tensor cosine, Tensor sine, bool interleaved, bool inverse) -> Tensor",
+    reference,
+    fake=lambda x, *_: torch.empty_like(x),
+    gradient=Gradient(_save, _backward),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp, (torch.float32, torch.bfloat16)),
+        Kernel("CUDA", "cuda", _cpp, (torch.float32, *_half)),
+        Kernel("CUDA", "triton", _triton, (torch.float32, *_half)),
+    ),
+)
+
+
+def rotary(
+    x: torch.Tensor,
+    *,
+    positions: torch.Tensor | None = None,
+    base: float = 10000.0,
+    interleaved: bool = True,
+) -> torch.Tensor:
+    """Rotates each pair of features by an angle proportional to its token's position.
+
+    Pair i of token t turns by ``t * base ** (-2 i / D)``: (a, b) -> (a cos - b sin, b cos + a sin), so that the inner
+    product of two rotated vectors depends on the distance of their positions alone (post 8265; arXiv 2104.09864).
+
+    Args:
+        x: `[..., T, D]`, D even, any floating-point dtype. Half precision computes in float32.
+        positions: the position of each token, `[T]` or any shape that broadcasts to `x.shape[:-1]`; default 0 to T - 1.
+            Not differentiated.
+        base: the longest wavelength is 2 pi base.
+        interleaved: pairs are (2i, 2i + 1); else (i, i + D / 2), the layout of GPT-NeoX and most of Hugging Face.
+
+    Returns:
+        A tensor like ``x``. Differentiable any number of times with respect to ``x``.
+
+    >>> import math, torch, supy
+    >>> quarter = torch.tensor([math.pi / 2])
+    >>> supy.ops.rotary(torch.tensor([[1.0, 0.0]]), positions=quarter).round()
+    tensor([[-0., 1.]])
+    """
+    shapes = Shapes("rotary")
+    shapes.floating("x", x)
+    require(
+        x.ndim >= 2 and x.shape[-1] % 2 == 0,
+        "rotary",
+        f"x has shape {list(x.shape)}, expected [..., T, D] with D even",
+    )
+    half = x.shape[-1] // 2
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if positions is None:
+        table = _arange_table if torch.compiler.is_compiling() else _cached_arange_table
+        cosine, sine = table(x.shape[-2], half, float(base), x.device, precise)
+    else:
+        shapes.tensor("positions", positions)
+        shapes.same_device("positions", positions, "x", x)
+        try:
+            fits = torch.broadcast_shapes(positions.shape, x.shape[:-1]) == x.shape[:-1]
+        except RuntimeError:
+            fits = False
+        require(
+            fits,
+            "rotary",
+            f"positions has shape {list(positions.shape)}, expected one that broadcasts to {list(x.shape[:-1])} (from x)",
+        )
+        cosine, sine = _table(positions, half, base, precise)
+    # The kernels take four axes: more are folded into the first, fewer are filled with ones.
+    table_shape = (*x.shape[:-1], half)
+    folded = x.reshape(_four_axes(x.shape))
+    cosine = cosine.expand(table_shape).reshape(_four_axes(table_shape))
+    sine = sine.expand(table_shape).reshape(_four_axes(table_shape))
+    return _rotary(folded, cosine, sine, interleaved, False).view(x.shape)
+
+
+def _four_axes(shape):
+    if len(shape) <= 4:
+        return (1,) * (4 - len(shape)) + tuple(shape)
+    return (-1, *shape[-3:]) if 0 not in shape else (0, *shape[-3:])
+
+
+def _table(positions, half, base, dtype):
+    # float64, because position * frequency in float32 is off by 1e-3 at position 10,000.
+    exponent = torch.arange(half, device=positions.device, dtype=torch.float64) / max(half, 1)
+    angle = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _arange_table(length, half, base, device, dtype):
+    return _table(torch.arange(length, device=device), half, base, dtype)
+
+
+_cached_arange_table = functools.lru_cache(maxsize=32)(_arange_table)
