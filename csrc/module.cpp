@@ -1,11 +1,16 @@
 // supy._C: collects the bindings of every operator, and says how it was built.
-#include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
 
 #ifndef SUPY_CUDA_VERSION
 #define SUPY_CUDA_VERSION ""
 #define SUPY_CUDA_ARCHITECTURES ""
+#endif
+
+#ifdef _OPENMP
+constexpr bool has_openmp = true;
+#else
+constexpr bool has_openmp = false;
 #endif
 
 PYBIND11_MODULE(_C, module) {
@@ -16,12 +21,12 @@ PYBIND11_MODULE(_C, module) {
     pybind11::dict info;
     info["version"] = SUPY_VERSION;
     info["compiler"] = SUPY_COMPILER;
-    info["openmp"] = supy::has_openmp();
+    info["openmp"] = has_openmp;
     info["cuda"] = SUPY_CUDA_VERSION;
     info["cuda_architectures"] = SUPY_CUDA_ARCHITECTURES;
     info["instruction_set"] = supy::name_of(supy::instruction_set());
     return info;
   });
-  // What one call costs: two tensors in, nothing done (benchmarks/test_call_overhead.py).
+  // What one call costs: two tensors in, nothing done (benchmarks/table.py).
   module.def("touch", [](const supy::TensorView& a, const supy::TensorView& b) { return a.numel() + b.numel(); });
 }

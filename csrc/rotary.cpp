@@ -14,21 +14,29 @@ RotaryType type_of(const TensorView& x) {
   }
 }
 
+// Stride of axis i of 4 of a tensor with at most 4 axes: axes align at the right, as in broadcasting.
+int64_t stride_of(const TensorView& tensor, int i) {
+  const int64_t axis = i - (4 - tensor.dim());
+  return axis < 0 || (tensor.size(axis) == 1 && i < 3) ? 0 : tensor.stride(axis);
+}
+
 void check_table(const TensorView& table, const char* name, const TensorView& x) {
   check_dtype(table, "rotary", name, DType::f32);
   check_same_device(table, "rotary", name, x);
-  bool fits = table.dim() == 4 && 2 * table.size(3) == x.size(3);
-  for (int i = 0; i < 3 && fits; ++i) fits = table.size(i) == x.size(i);
+  const int64_t lead = x.dim() - table.dim();
+  bool fits = table.dim() >= 1 && lead >= 0 && 2 * table.size(table.dim() - 1) == x.size(x.dim() - 1);
+  for (int64_t i = 0; i < table.dim() - 1 && fits; ++i)
+    fits = table.size(i) == x.size(lead + i) || table.size(i) == 1;
   SUPY_CHECK(fits, "rotary", name << " has shape " << table.shape() << ", x has " << x.shape());
 }
 
 void rotary(const TensorView& x, const TensorView& cosine, const TensorView& sine, const TensorView& out,
             bool interleaved, bool inverse) {
-  SUPY_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, "rotary",
-             "x has shape " << x.shape() << ", expected [A, B, T, D] with D even");
+  SUPY_CHECK(x.dim() >= 1 && x.dim() <= 4 && x.size(x.dim() - 1) % 2 == 0, "rotary",
+             "x has shape " << x.shape() << ", expected 1 to 4 axes, the last one even");
   check_table(cosine, "cosine", x);
   check_table(sine, "sine", x);
-  SUPY_CHECK(out.shape() == x.shape() && out.dtype() == x.dtype(), "rotary", "out must be like x");
+  SUPY_CHECK(out.same_shape(x) && out.dtype() == x.dtype(), "rotary", "out must be like x");
   check_same_device(out, "rotary", "out", x);
 
   RotaryParams p{};
@@ -37,15 +45,16 @@ void rotary(const TensorView& x, const TensorView& cosine, const TensorView& sin
   p.sine = sine.data<float>();
   p.out = out.data<void>();
   p.type = type_of(x);
-  p.dim = x.size(3);
+  p.dim = x.size(x.dim() - 1);
   p.interleaved = interleaved;
   p.inverse = inverse;
   for (int i = 0; i < 4; ++i) {
-    if (i < 3) p.size[i] = x.size(i);
-    p.x_stride[i] = x.stride(i);
-    p.out_stride[i] = out.stride(i);
-    p.table_stride[i] = cosine.stride(i);
-    SUPY_CHECK(sine.stride(i) == cosine.stride(i), "rotary", "cosine and sine must have the same strides");
+    const int64_t axis = i - (4 - x.dim());
+    if (i < 3) p.size[i] = axis < 0 ? 1 : x.size(axis);
+    p.x_stride[i] = stride_of(x, i);
+    p.out_stride[i] = stride_of(out, i);
+    p.table_stride[i] = stride_of(cosine, i);
+    SUPY_CHECK(stride_of(sine, i) == p.table_stride[i], "rotary", "cosine and sine must have the same strides");
   }
   if (x.numel() == 0) return;
   SUPY_CHECK(x.is_cuda() || p.type != RotaryType::f16, "rotary", "no CPU kernel for float16");

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <sstream>
 #include <string>
@@ -81,6 +82,7 @@ class TensorView {
       throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
     if (torch.api->view_from_object(object, &view_) != 0) {
       std::string reason = PyErr_Occurred() ? py::error_already_set().what() : "no reason given";
+      reason = reason.substr(0, reason.find('\n'));  // torch appends a C++ backtrace
       throw py::value_error("this tensor has no memory that a kernel can read: " + reason);
     }
     dtype_ = read_dtype(view_.dtype);
@@ -102,6 +104,10 @@ class TensorView {
     int64_t count = 1;
     for (int64_t i = 0; i < dim(); ++i) count *= size(i);
     return count;
+  }
+
+  bool same_shape(const TensorView& other) const {
+    return dim() == other.dim() && std::equal(view_.shape, view_.shape + dim(), other.view_.shape);
   }
 
   bool is_contiguous() const {

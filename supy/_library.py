@@ -95,32 +95,33 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"supy::{name}", fake, lib=_library)
     if gradient is None:
         gradient = Gradient(_save_nothing, _no_gradient(name))
     torch.library.register_autograd(
         f"supy::{name}", gradient.backward, setup_context=gradient.save, lib=_library
     )
+    _library.impl(name, _route(name, reference, kernels, None), "CompositeExplicitAutograd")
     for device in dict.fromkeys(kernel.device for kernel in kernels):
-        here = tuple(kernel for kernel in kernels if kernel.device == device)
-        _library.impl(name, _route(name, reference, here), device)
+        _library.impl(name, _route(name, reference, kernels, device), device)
     OPERATORS[name] = Operator(name, reference, kernels, gradient.save is not _save_nothing)
     return getattr(torch.ops.supy, name).default
 
 
-def _route(name: str, reference: Callable, kernels: tuple[Kernel, ...]) -> Callable:
-    usable = [kernel for kernel in kernels if kernel.missing() is None]
+def _route(name: str, reference: Callable, kernels: tuple[Kernel, ...], device: str | None) -> Callable:
+    """The function that the dispatcher calls on ``device``; None: on every device without a kernel."""
+    usable = [kernel for kernel in kernels if kernel.device == device and kernel.missing() is None]
+    fastest = {dtype: kernel.run for kernel in reversed(usable) for dtype in kernel.dtypes}
 
     def run(*args):
         if _wanted == "reference":
             return reference(*args)
-        dtype = next(arg.dtype for arg in args if isinstance(arg, torch.Tensor))
-        for kernel in usable:
-            if dtype in kernel.dtypes and _wanted in (None, kernel.backend):
-                return kernel.run(*args)
+        dtype = next((arg.dtype for arg in args if isinstance(arg, torch.Tensor)), None)
         if _wanted is None:
-            return reference(*args)
+            return fastest.get(dtype, reference)(*args)
+        for kernel in usable:
+            if kernel.backend == _wanted and dtype in kernel.dtypes:
+                return kernel.run(*args)
         reasons = [kernel.missing() for kernel in kernels if kernel.backend == _wanted]
         reason = next(filter(None, reasons), f"it has no such kernel for {dtype} on this device")
         raise RuntimeError(f"supy.{name}: backend {_wanted!r} was asked for, but {reason}")

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
-#include <vector>
+#include <mutex>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,26 +23,32 @@ inline int threads_for(int64_t n, int64_t grain) {
 #endif
 }
 
-// body(thread, begin, end) over contiguous blocks of [0, n), in ascending order of thread. An exception ends its own
-// block only; the one of the lowest block is thrown on, so what the caller sees does not depend on timing.
+// body(thread, i) for every i of [0, n), handed out in ascending order; thread 0 is the caller's. After an exception no
+// later i begins, and the exception of the lowest i is thrown on: what the caller sees does not depend on timing.
 template <class Body>
-void parallel_blocks(int64_t n, int threads, Body&& body) {
-  if (threads <= 1) return body(0, int64_t{0}, n);
-  std::vector<std::exception_ptr> errors(threads);
+void parallel_for(int64_t n, int threads, Body&& body) {
+  std::atomic<int64_t> next{0}, failed{n};
+  std::exception_ptr error;
+  std::mutex lock;
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
-  for (int t = 0; t < threads; ++t) {
-    try {
-      body(t, n / threads * t + std::min<int64_t>(n % threads, t),
-           n / threads * (t + 1) + std::min<int64_t>(n % threads, t + 1));
-    } catch (...) {
-      errors[t] = std::current_exception();
+  {
+#ifdef _OPENMP
+    const int thread = omp_get_thread_num();
+#else
+    const int thread = 0;
+#endif
+    for (int64_t i; (i = next++) < failed;) {
+      try {
+        body(thread, i);
+      } catch (...) {
+        const std::lock_guard<std::mutex> hold(lock);
+        if (i < failed) failed = i, error = std::current_exception();
+      }
     }
   }
-  for (const auto& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace supy

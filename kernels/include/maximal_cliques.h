@@ -10,14 +10,14 @@ namespace supy {
 // Graph g has the nodes 0 ... node_counts[g] - 1 and the edges edge_offsets[g] : edge_offsets[g + 1]. Self-loops and
 // repeated edges are allowed. Every value is checked before it is used.
 struct CliqueParams {
-  const char* op;               // named in error messages
   const int64_t* edges;         // [num_edges, 2]
   const int64_t* edge_offsets;  // [num_graphs + 1]
   const int64_t* node_counts;   // [num_graphs]
   int64_t num_edges;
   int64_t num_graphs;
-  int64_t limit;           // the most cliques that one graph may have; negative: any number
-  bool (*interrupted)();   // asked now and then by the calling thread: true ends the search; may be null
+  int64_t limit;          // the most cliques that one graph may have; negative: any number
+  bool batched;           // which of the two operators the error messages name
+  bool (*interrupted)();  // asked now and then by the calling thread: true ends the search; may be null
 };
 
 // Graph g has the cliques graph_offsets[g] : graph_offsets[g + 1], clique c the nodes

@@ -26,7 +26,7 @@ def rotary_kernel(
     out += i0 * o0 + i1 * o1 + i2 * o2
     table = i0 * t0 + i1 * t1 + i2 * t2
 
-    i = tl.arange(0, BLOCK)
+    i = tl.arange(0, BLOCK).to(tl.int64)
     inside = i < half
     first = 2 * i if INTERLEAVED else i
     second = first + (1 if INTERLEAVED else half)
@@ -43,13 +43,16 @@ def rotary_kernel(
 def rotary(
     x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool, inverse: bool
 ) -> torch.Tensor:
-    """x `[A, B, T, D]`; cosine, sine float32 `[A, B, T, D / 2]`, expanded views welcome."""
+    """x with at most four axes, the last one D; cosine, sine float32, broadcast to `[..., D / 2]`."""
     out = torch.empty_like(x)
     half = x.shape[-1] // 2
     if x.numel():
-        rotary_kernel[(x.shape[0] * x.shape[1] * x.shape[2],)](
-            x, cosine, sine, out, x.shape[1], x.shape[2], half,
-            *x.stride(), *cosine.stride(), *out.stride(),
+        sizes = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
+        source, target = x.expand(*sizes, 2 * half), out.expand(*sizes, 2 * half)
+        cosine, sine = cosine.expand(*sizes, half), sine.expand(*sizes, half)
+        rotary_kernel[(sizes[0] * sizes[1] * sizes[2],)](
+            source, cosine, sine, target, sizes[1], sizes[2], half,
+            *source.stride(), *cosine.stride(), *target.stride(),
             INTERLEAVED=interleaved, INVERSE=inverse, BLOCK=triton.next_power_of_2(half),
         )  # fmt: skip
     return out

@@ -54,14 +54,12 @@ class Document:
 
 
 class DataError(ValueError):
-    """A file holds bad records. `.problems` lists each as "path:line: what is wrong"."""
+    """A file holds bad records: the message is the first, `.problems` lists each as "path:line: what is wrong"."""
 
-    def __init__(self, path: os.PathLike | str, problems: list[str]):
+    def __init__(self, problems: list[str]):
         self.problems = problems
-        shown = "\n  ".join(problems[:5])
-        more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
-        records = "1 bad record" if len(problems) == 1 else f"{len(problems)} bad records"
-        super().__init__(f"{os.fspath(path)}: {records}\n  {shown}{more}")
+        more = f" (and {len(problems) - 1} more bad records)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
 
 
 def read_fewfc(
@@ -173,9 +171,9 @@ def _read(
                 if on_error == "skip":
                     log.warning("%s (record left out)", problems[-1])
     if problems and (on_error == "raise" or not documents):
-        raise DataError(path, problems)
+        raise DataError(problems)
     if not documents:
-        raise DataError(path, [f"{os.fspath(path)}:1: expected one JSON object a line, found none"])
+        raise DataError([f"{os.fspath(path)}:1: expected one JSON object a line, found none"])
     return documents
 
 

@@ -158,7 +158,7 @@ def merge_windows(
 
     `events[i]` are those found in window `windows[i]`, (start, stop) in characters, with offsets
     into the window. Events found twice stay once; an event whose arguments are all in a larger
-    event of its type, found in a window that overlaps its own, was cut off by a border and goes.
+    event of its type from another window was cut off by a border and goes.
 
     >>> cut, whole = Event.make("sale", [("seller", 2, 4)]), [("seller", 0, 2), ("trigger", 3, 5)]
     >>> merge_windows([[cut], [Event.make("sale", whole)]], [(0, 5), (2, 9)]) == [
@@ -170,21 +170,27 @@ def merge_windows(
         "events.merge_windows",
         f"events has {len(events)} entries, expected {len(windows)} (from windows)",
     )
+    shifted = [
+        [_shift(event, start) for event in of_window]
+        for of_window, (start, _) in zip(events, windows, strict=True)
+    ]
+    if len(shifted) == 1:
+        return sorted(set(shifted[0]))
     found = [
-        (_shift(event, start), set(_shift(event, start).arguments), start, stop)
-        for of_window, (start, stop) in zip(events, windows, strict=True)
+        (number, event, set(event.arguments))
+        for number, of_window in enumerate(shifted)
         for event in of_window
     ]
-    kept = {
-        event: None
-        for event, arguments, start, stop in found
-        if not any(
-            event.type == other.type and arguments < larger and start < o_stop and o_start < stop
-            for other, larger, o_start, o_stop in found
-            if (o_start, o_stop) != (start, stop)
-        )
-    }
-    return sorted(kept)
+    return sorted(
+        {
+            event
+            for number, event, arguments in found
+            if not any(
+                number != other_number and event.type == other.type and arguments < larger
+                for other_number, other, larger in found
+            )
+        }
+    )
 
 
 def _token_maps(text: str, offsets: Offsets | None) -> tuple[dict[int, int], dict[int, int]]:

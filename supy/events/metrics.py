@@ -57,12 +57,12 @@ class Scores:
 
     def __str__(self) -> str:
         rows = {"all": (self.event, self.argument)} | self.by_type
-        lines = [f"{'':9}{'precision':>9}{'recall':>8}{'F1':>8}{'correct':>9}{'found':>8}{'gold':>8}"]
+        lines = ["          precision  recall      F1 correct   found    gold"]
         for name, levels in rows.items():
             lines.append(name)
             for level, s in zip(("event", "argument"), levels, strict=True):
                 rates = f"{s.precision:9.4f}{s.recall:8.4f}{s.f1:8.4f}"
-                lines.append(f"  {level:8}{rates[1:]}{s.tp:9}{s.predicted:8}{s.gold:8}")
+                lines.append(f"  {level:8}{rates}{s.tp:8}{s.predicted:8}{s.gold:8}")
         return "\n".join(lines)
 
 

@@ -1,5 +1,29 @@
 """The public operators; each is documented where it is defined, in the file of its name."""
 
+from supy.ops.efficient_global_pointer import (
+    efficient_global_pointer_loss,
+    efficient_global_pointer_scores,
+    efficient_global_pointer_spans,
+)
+from supy.ops.gau_attention import gau_attention
+from supy.ops.global_pointer import (
+    global_pointer_loss,
+    global_pointer_scores,
+    global_pointer_spans,
+)
+from supy.ops.multilabel_cross_entropy import multilabel_cross_entropy
 from supy.ops.rotary import rotary
+from supy.ops.sparse_multilabel_cross_entropy import sparse_multilabel_cross_entropy
 
-__all__ = ["rotary"]
+__all__ = [
+    "efficient_global_pointer_loss",
+    "efficient_global_pointer_scores",
+    "efficient_global_pointer_spans",
+    "gau_attention",
+    "global_pointer_loss",
+    "global_pointer_scores",
+    "global_pointer_spans",
+    "multilabel_cross_entropy",
+    "rotary",
+    "sparse_multilabel_cross_entropy",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -85,7 +86,9 @@ def rotary(
     half = x.shape[-1] // 2
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if positions is None:
-        table = _arange_table if torch.compiler.is_compiling() else _cached_arange_table
+        # Fake tensors, subclasses and graphs under compilation must not share tables with plain tensors.
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        table = _cached_arange_table if plain else _arange_table
         cosine, sine = table(x.shape[-2], half, float(base), x.device, precise)
     else:
         shapes.tensor("positions", positions)
@@ -100,18 +103,15 @@ def rotary(
             f"positions has shape {list(positions.shape)}, expected one that broadcasts to {list(x.shape[:-1])} (from x)",
         )
         cosine, sine = _table(positions, half, base, precise)
-    # The kernels take four axes: more are folded into the first, fewer are filled with ones.
-    table_shape = (*x.shape[:-1], half)
-    folded = x.reshape(_four_axes(x.shape))
-    cosine = cosine.expand(table_shape).reshape(_four_axes(table_shape))
-    sine = sine.expand(table_shape).reshape(_four_axes(table_shape))
-    return _rotary(folded, cosine, sine, interleaved, False).view(x.shape)
-
-
-def _four_axes(shape):
-    if len(shape) <= 4:
-        return (1,) * (4 - len(shape)) + tuple(shape)
-    return (-1, *shape[-3:]) if 0 not in shape else (0, *shape[-3:])
+    if x.ndim <= 4:
+        return _rotary(x, cosine, sine, interleaved, False)
+    # The kernels take four axes: the others are folded into the first.
+    fold = math.prod(x.shape[:-3])
+    if positions is not None:
+        cosine, sine = (
+            part.expand(*x.shape[:-1], half).reshape(fold, *x.shape[-3:-1], half) for part in (cosine, sine)
+        )
+    return _rotary(x.reshape(fold, *x.shape[-3:]), cosine, sine, interleaved, False).view(x.shape)
 
 
 def _table(positions, half, base, dtype):
@@ -125,4 +125,7 @@ def _arange_table(length, half, base, device, dtype):
     return _table(torch.arange(length, device=device), half, base, dtype)
 
 
-_cached_arange_table = functools.lru_cache(maxsize=32)(_arange_table)
+@functools.lru_cache(maxsize=32)
+def _cached_arange_table(*key):
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a later backward
+        return _arange_table(*key)

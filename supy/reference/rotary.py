@@ -12,7 +12,7 @@ def rotary(
 
         (a, b) -> (a cos - b sin, b cos + a sin)
 
-    x `[A, B, T, D]`, cosine and sine `[A, B, T, D / 2]`. A pair is (2i, 2i + 1) when ``interleaved``, else (i, i + D / 2).
+    x `[..., D]`, cosine and sine broadcast to `[..., D / 2]`. A pair is (2i, 2i + 1) when ``interleaved``, else (i, i + D / 2).
     ``inverse`` turns the other way, which is the transpose and so the gradient. Half precision computes in float32.
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)

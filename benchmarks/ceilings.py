@@ -1,0 +1,47 @@
+"""What the machine can do at the most, measured in the same run as the operators."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+
+def finished(function, device):
+    """The function, followed by a wait for the device."""
+    if device == "cpu":
+        return function
+
+    def run(*inputs):
+        function(*inputs)
+        torch.cuda.synchronize()
+
+    return run
+
+
+def _fastest(function, device, seconds):
+    best, stop, function = float("inf"), time.perf_counter() + seconds, finished(function, device)
+    function()
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@functools.cache
+def copy_rate(size: int, device: str) -> float:
+    """Bytes a second, read and written together, of a copy that moves ``size`` bytes in all."""
+    source = torch.ones(max(size // 8, 1), device=device)  # not zeros, whose pages may be one page of the system
+    target = torch.ones_like(source)
+    return 8 * source.numel() / _fastest(lambda: target.copy_(source), device, 0.3)
+
+
+@functools.cache
+def gemm_rate(device: str) -> float:
+    """float32 operations a second of a square matrix product."""
+    n = 2048 if device == "cpu" else 8192
+    a = torch.randn(n, n, device=device)
+    out = torch.empty_like(a)
+    return 2 * n**3 / _fastest(lambda: torch.mm(a, a, out=out), device, 1.0)

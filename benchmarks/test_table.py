@@ -1,0 +1,56 @@
+"""Times every row of table.py: `python -m pytest benchmarks -q`, one operator with `-k rotary`.
+
+Each implementation is first compared with the float64 result; what differs fails and is not timed. The comparison only
+makes sure that all compute the same thing: the tests hold the precision.
+"""
+
+import functools
+
+import pytest
+import torch
+from ceilings import finished
+from table import ROWS
+
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
+CASES = {
+    f"{row.operator}-{row.case}-{name}": (index, name)
+    for index, row in enumerate(ROWS)
+    for name in row.implementations
+}
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@functools.lru_cache(maxsize=1)  # the implementations of a row follow each other
+def _prepared(index, device):
+    row = ROWS[index]
+    inputs = [value.to(device) if isinstance(value, torch.Tensor) else value for value in row.inputs()]
+    return inputs, row.exact(*map(_double, inputs)) if row.exact else None
+
+
+def _close(result, expected):
+    return result.shape == expected.shape and torch.allclose(
+        result.double(), expected, rtol=0, atol=TOLERANCE[result.dtype] * max(1.0, expected.abs().max().item())
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("index", "name"), CASES.values(), ids=CASES)
+def test_operator(index, name, benchmark, record, request):
+    row, device = ROWS[index], request.config.option.device
+    function = row.implementations[name]
+    inputs, expected = _prepared(index, device)
+    with torch.no_grad():
+        try:
+            result = function(*inputs)
+        except ImportError as error:
+            record(row, name, None, f"skipped: {error}")
+            pytest.skip(str(error))
+        if row.exact:
+            assert (row.same or _close)(result, expected), f"{name} differs from the float64 result"
+        benchmark.group, benchmark.name = f"{row.operator} {row.case}", name
+        benchmark(finished(function, device), *inputs)
+    if benchmark.stats is not None:  # None under --benchmark-disable, which only compares
+        record(row, name, benchmark.stats.stats.min)

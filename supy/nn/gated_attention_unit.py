@@ -1,0 +1,59 @@
+"""The gated attention unit: attention and feed-forward network in one layer, with one head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from supy import ops
+
+
+class GatedAttentionUnit(nn.Module):
+    """O = (U * (A V)) W_o with A = attention of rotated, scaled copies of Z (arXiv 2202.10447; post 8934).
+
+    U, V `[B, T, value_size]` and Z `[B, T, key_size]` are swish(x W). q and k are Z times a learned vector plus a learned
+    offset each, then rotated by position. No residual, norm or dropout: those belong to the network around it.
+
+    Args:
+        dim: size of the input and output.
+        value_size: size of U and V; default 2 dim, with which two units match one attention and one feed-forward layer.
+        key_size: size of q and k, even.
+        kernel, causal: as in :func:`supy.ops.gau_attention`.
+
+    >>> unit = GatedAttentionUnit(32)
+    >>> unit(torch.zeros(2, 5, 32), lengths=torch.tensor([5, 3])).shape
+    torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        value_size: int | None = None,
+        key_size: int = 128,
+        kernel: str = "softmax_plus",
+        causal: bool = False,
+    ):
+        super().__init__()
+        self.sizes = (value_size or 2 * dim, value_size or 2 * dim, key_size)
+        self.kernel = kernel
+        self.causal = causal
+        self.project_in = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.project_out = nn.Linear(self.sizes[0], dim, bias=False)
+        self.scale = nn.Parameter(torch.ones(2, key_size))
+        self.offset = nn.Parameter(torch.zeros(2, key_size))
+        for projection in (self.project_in, self.project_out):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+
+    def forward(self, x: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        """x `[B, T, dim]`, lengths int `[B]` or None: `[B, T, dim]`."""
+        u, v, z = F.silu(self.project_in(x)).split(self.sizes, -1)
+        q, k = (
+            ops.rotary(z * scale + offset)
+            for scale, offset in zip(self.scale.to(z.dtype), self.offset.to(z.dtype), strict=True)
+        )
+        attended = ops.gau_attention(
+            q, k, v, u, kernel=self.kernel, causal=self.causal, lengths=lengths
+        )
+        return self.project_out(attended)

@@ -1,0 +1,92 @@
+"""Checks of arguments that several operators take; they read shapes and dtypes only, never data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from supy._checks import Shapes, require
+from supy._library import Gradient, define
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_lengths(shapes: Shapes, lengths: torch.Tensor | None, x: torch.Tensor) -> None:
+    """``lengths`` is None or int `[B]` on the device of q, which is ``x``."""
+    if lengths is not None:
+        shapes.match("lengths", lengths, "B")
+        check_integer(shapes, "lengths", lengths)
+        shapes.same_device("lengths", lengths, "q", x)
+
+
+def check_integer(shapes: Shapes, name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in INTEGERS:
+        raise TypeError(
+            f"supy.{shapes.op}: {name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64"
+        )
+
+
+def check_like(shapes: Shapes, name: str, tensor: torch.Tensor, dims: str, x: torch.Tensor) -> None:
+    """``tensor`` has these dimensions and the dtype and device of q, which is ``x``."""
+    shapes.match(name, tensor, dims, x.dtype)
+    shapes.same_device(name, tensor, "q", x)
+
+
+def check_spans(shapes: Shapes, spans: torch.Tensor, x: torch.Tensor) -> None:
+    """``spans`` is int64 `[N, 4]` on the device of q, which is ``x``."""
+    shapes.match("spans", spans, "N 4", torch.int64)
+    require(
+        spans.shape[1] == 4, shapes.op, f"spans has shape {list(spans.shape)}, expected [N, 4]"
+    )
+    shapes.same_device("spans", spans, "q", x)
+
+
+def default_scale(scale: float | None, size: int) -> float:
+    return float(max(size, 1) ** -0.5 if scale is None else scale)
+
+
+def wants_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def define_loss(name: str, tensors: tuple[str, ...], others: str, reference, fake) -> Callable:
+    """Registers a loss operator that returns (loss, *its gradients for ``tensors``), and its backward operator.
+
+    The forward pass knows all that the gradients need, so it computes them at once where its last argument, ``gradients``, says
+    so; the backward operator scales them. It takes the tensors too, so that a second derivative finds it, and raises.
+    """
+    count = len(tensors)
+
+    def save(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:count])
+        ctx.others = len(inputs) - count
+
+    def backward(ctx, grad, *_):
+        return *run_backward(grad, *ctx.saved_tensors), *(None,) * ctx.others
+
+    def scale(grad, *saved):
+        return tuple((grad * d).to(x.dtype) for d, x in zip(saved[:count], saved[count:]))
+
+    def fake_scale(grad, *saved):
+        return tuple(x.new_empty(x.shape) for x in saved[count:])
+
+    arguments = ", ".join(f"Tensor {x}" for x in tensors)
+    saved = ", ".join(f"Tensor d{x}" for x in tensors)
+    run_backward = define(
+        f"{name}_backward(Tensor grad, {saved}, {arguments}) -> ({', '.join(['Tensor'] * count)})",
+        scale,
+        fake=fake_scale,
+    )
+    return define(
+        f"{name}({arguments}, {others}, bool gradients) -> ({', '.join(['Tensor'] * (count + 1))})",
+        reference,
+        fake=fake,
+        gradient=Gradient(save, backward),
+    )
+
+
+def fake_spans(q, *_):
+    count = torch.library.get_ctx().new_dynamic_size()
+    return q.new_empty(count, 4, dtype=torch.int64), q.new_empty(count)

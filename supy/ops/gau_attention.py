@@ -1,0 +1,117 @@
+"""Attention of the gated attention unit."""
+
+from __future__ import annotations
+
+import torch
+
+from supy._checks import Shapes, require
+from supy._library import Gradient, define
+from supy.ops._arguments import check_integer, check_lengths, check_like, default_scale
+from supy.reference import gau_attention as reference
+
+KERNELS = ("relu2", "softmax", "softmax_plus")
+_OPTIONS = (
+    "Tensor? lengths, Tensor? cu_seqlens, str kernel, bool causal, float scale, float? relu2_length"
+)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.kernel, ctx.causal, ctx.scale, ctx.relu2_length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    q, k, v, u, lengths, cu_seqlens = ctx.saved_tensors
+    options = lengths, cu_seqlens, ctx.kernel, ctx.causal, ctx.scale, ctx.relu2_length
+    dq, dk, dv, du = _gau_attention_backward(grad, q, k, v, u, *options)
+    return dq, dk, dv, None if u is None else du, *(None,) * 6
+
+
+def _fake_backward(grad, q, k, v, u, *_):
+    return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)), (
+        q.new_empty(0 if u is None else u.shape)
+    )
+
+
+_gau_attention = define(
+    f"gau_attention(Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}) -> Tensor",
+    reference.gau_attention,
+    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    gradient=Gradient(_save, _backward),
+)
+_gau_attention_backward = define(
+    f"gau_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference.gau_attention_backward,
+    fake=_fake_backward,
+)
+
+
+def gau_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    u: torch.Tensor | None = None,
+    *,
+    kernel: str = "softmax_plus",
+    causal: bool = False,
+    lengths: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    scale: float | None = None,
+    relu2_length: float | None = None,
+) -> torch.Tensor:
+    """Attention with one head and a gate: u * (A v) (posts 8934 and 9019; arXiv 2202.10447).
+
+    With S = scale * q k^T and l the number of keys that the row sees (under ``causal``, its own position and before):
+
+        "relu2"          A = relu(S)^2 / l
+        "softmax"        A = softmax(S)
+        "softmax_plus"   A = softmax(S * log(max(l, 16)) / log 512), natural logarithms (post 8823)
+
+    Args:
+        q, k: `[B, T, S]`, positions already applied.
+        v: `[B, T, E]`. All of q, k, v and u have one floating-point dtype; half precision computes in float32.
+        u: the gate, `[B, T, E]`, or None for 1.
+        lengths: int32 or int64 `[B]`, 0 to T. Tokens at and beyond a sample's length are no keys, their own rows are 0, and
+            so are all their gradients: nothing that stands in the padding, NaN included, has any effect.
+        cu_seqlens: int32 or int64 `[N + 1]`, 0 = first <= ... <= last = T: N sequences packed one after another into one
+            row (B = 1), each of which sees itself only. Excludes ``lengths``.
+        scale: default 1 / sqrt(S).
+        relu2_length: what "relu2" divides by in place of l, such as 512, at which GAU-alpha was trained.
+
+    Returns:
+        `[B, T, E]` in the dtype of v. A row that sees no key is 0. Differentiable once in q, k, v and u.
+
+    Raises:
+        ValueError: a shape, ``kernel``, a length or ``cu_seqlens`` is not as above.
+        TypeError: an argument is not a tensor of the right dtype.
+
+    >>> import torch, supy
+    >>> q = k = torch.zeros(1, 4, 8)
+    >>> v = torch.arange(4.0).view(1, 4, 1)
+    >>> supy.ops.gau_attention(q, k, v, causal=True).flatten()
+    tensor([0.0000, 0.5000, 1.0000, 1.5000])
+    >>> supy.ops.gau_attention(q, k, v, lengths=torch.tensor([2])).flatten()
+    tensor([0.5000, 0.5000, 0.0000, 0.0000])
+    """
+    op = "gau_attention"
+    shapes = Shapes(op)
+    shapes.floating("q", q)
+    shapes.match("q", q, "B T S")
+    check_like(shapes, "k", k, "B T S", q)
+    check_like(shapes, "v", v, "B T E", q)
+    if u is not None:
+        check_like(shapes, "u", u, "B T E", q)
+    require(kernel in KERNELS, op, f"kernel is {kernel!r}, expected one of {', '.join(KERNELS)}")
+    check_lengths(shapes, lengths, q)
+    if cu_seqlens is not None:
+        shapes.match("cu_seqlens", cu_seqlens, "N+1")
+        check_integer(shapes, "cu_seqlens", cu_seqlens)
+        shapes.same_device("cu_seqlens", cu_seqlens, "q", q)
+        require(lengths is None, op, "lengths and cu_seqlens exclude each other")
+        require(shapes["B"] == 1, op, f"q has batch size {shapes['B']}, expected 1 with cu_seqlens")
+    if relu2_length is not None:
+        require(relu2_length > 0, op, f"relu2_length is {relu2_length}, expected more than 0")
+        relu2_length = float(relu2_length)
+    scale = default_scale(scale, shapes["S"])
+    return _gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length)

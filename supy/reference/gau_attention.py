@@ -1,0 +1,91 @@
+"""Attention of the gated attention unit: kexue.fm posts 8934, 9019, 8823; arXiv 2202.10447."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from supy._checks import require
+from supy.reference._masks import check_lengths, clear, padding, visible_cells, wide
+
+
+def gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
+    """O = u * (A v), with A from `_attention`; half precision computes in float32.
+
+    q, k `[B, T, S]`, v, u `[B, T, E]`, u may be None. Post 8934: O = (U . A V) W_o.
+    """
+    _check("gau_attention", lengths, cu_seqlens, q.shape[1])
+    padded = padding(lengths, q.shape[1])
+    dtype = v.dtype
+    q, k, v = (clear(wide(x), padded) for x in (q, k, v))
+    A, _, _ = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
+    out = A @ v
+    if u is not None:
+        out.mul_(clear(wide(u), padded))
+    return out.to(dtype)
+
+
+def gau_attention_backward(
+    grad, q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length
+):
+    """Gradients for q, k, v and u (an empty tensor without u); the scores are computed again.
+
+        g = u * grad,  du = grad * (A v),  dv = A^T g,  dA = g v^T
+        softmax: dS = A * (dA - rowsum(A * dA));  relu2: dS = dA * 2 relu(S) / l
+        dq = (dS * factor) k,  dk = (dS * factor)^T q,  with S = factor * q k^T
+    """
+    padded = padding(lengths, q.shape[1])
+    dtype = q.dtype
+    grad, q, k, v = (clear(wide(x), padded) for x in (grad, q, k, v))
+    A, slope, factor = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
+    du = q.new_empty(0)
+    if u is not None:
+        du = (A @ v).mul_(grad)
+        grad = grad * clear(wide(u), padded)
+    dv = A.mT @ grad
+    dA = grad @ v.mT
+    if kernel == "relu2":
+        dS = dA * slope
+    else:
+        dS = A * (dA - (A * dA).sum(-1, keepdim=True))
+    dS = dS * factor
+    return tuple(x.to(dtype) for x in (dS @ k, dS.mT @ q, dv, du))
+
+
+def _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
+    """A `[B, T, T]`; its slope dA/dS for relu2, else None; and the factor in S = factor * q k^T.
+
+        relu2: A = relu(S)^2 / l    softmax: A = exp(S) / sum over visible keys of exp(S)
+        softmax_plus: softmax with S * log(max(l, 16)) / log 512 (post 8823, bert4keras' floor of 16)
+
+    l is the number of keys that the row sees, or ``relu2_length``. Invisible cells, and so rows that see no key, are 0.
+    """
+    T = q.shape[1]
+    # visible_cells has start <= end; attention has the key not after the query.
+    visible = visible_cells(T, lengths, causal, q.device).mT
+    if cu_seqlens is not None:
+        token = torch.arange(T, device=q.device)
+        sequence = torch.searchsorted(cu_seqlens.long(), token, right=True)
+        visible = visible & (sequence[:, None] == sequence)
+    count = visible.sum(-1, keepdim=True)
+    factor = scale
+    if kernel == "softmax_plus":
+        factor = scale * count.clamp(min=16).to(q.dtype).log() / math.log(512)
+    S = (q @ k.mT).mul_(factor)
+    if kernel == "relu2":
+        S = S.masked_fill_(~visible, 0).relu_()
+        divisor = count.clamp(min=1) if relu2_length is None else relu2_length
+        return S.square() / divisor, 2 * S / divisor, factor
+    A = S.masked_fill_(~visible, -torch.inf).softmax(-1)
+    return A.masked_fill_(count == 0, 0), None, factor
+
+
+def _check(op, lengths, cu_seqlens, T):
+    check_lengths(op, lengths, T)
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        ordered = bool(ends) and ends[0] == 0 and ends[-1] == T and ends == sorted(ends)
+        require(
+            ordered, op, f"cu_seqlens must ascend from 0 to T={T}, got {ends[:3]} to {ends[-3:]}"
+        )
