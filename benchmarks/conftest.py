@@ -47,7 +47,7 @@ def _keep_freed_memory():
 
 @pytest.fixture
 def record(request):
-    """record(row, implementation, seconds, note): a line of the final table; without a time the note takes its place."""
+    """record(row, implementation, seconds, note): a line of the final table; without a time, the note."""
     device = request.config.option.device
 
     def add(row, implementation, seconds, note=""):

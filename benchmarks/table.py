@@ -28,6 +28,7 @@ class Row:
     bytes: int = 0  # read and written at the least: inputs once, outputs once
     flops: int = 0
     same: Callable | None = None  # same(result, expected) -> bool; None: one tensor, within a tolerance
+    gradients: bool = False  # whether autograd records; the functions ask for their gradients themselves
 
 
 def compiled(function: Callable) -> Callable:
@@ -111,5 +112,6 @@ ROWS = [
             "torch.add": lambda x, *_: x + x,
         },
     ),
-    # Next operators go here, each with its own peers.
+    # The next operator's rows go here. A peer of its own is one more function in the dict, for instance
+    # {"supy": ..., "igraph": _igraph_cliques}; a result that is not one tensor comes with its own `same`.
 ]

@@ -42,7 +42,7 @@ def test_operator(index, name, benchmark, record, request):
     row, device = ROWS[index], request.config.option.device
     function = row.implementations[name]
     inputs, expected = _prepared(index, device)
-    with torch.no_grad():
+    with torch.set_grad_enabled(row.gradients):
         try:
             result = function(*inputs)
         except ImportError as error:

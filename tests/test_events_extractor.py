@@ -30,7 +30,7 @@ from supy.events.checkpoint import save_model
 from supy.events.tokens import CharTokenizer
 
 TINY = EncoderConfig(width=32, layers=1, value_size=32, key_size=16)
-QUICK = TrainingOptions(epochs=2, evaluate_every=1, batch_size=8)
+QUICK = TrainingOptions(epochs=2, evaluate_every=2, batch_size=8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -174,7 +174,7 @@ KILLED = """
 import sys, torch
 torch.set_num_threads(1)
 from supy.events import EncoderConfig, EventExtractor, TrainingOptions, generate_sample
-options = TrainingOptions(epochs=6, evaluate_every=1, batch_size=8)
+options = TrainingOptions(epochs=6, evaluate_every=3, batch_size=8)
 encoder = EncoderConfig(width=32, layers=1, value_size=32, key_size=16)
 EventExtractor(encoder=encoder).fit(generate_sample(60), options=options, folder=sys.argv[1], progress=False)
 """
@@ -295,7 +295,7 @@ def test_published_links_and_a_schema_of_my_own():
     extractor = EventExtractor(EventSchema([*labels, ("unseen", "trigger")]), encoder=TINY, typed=False)
     extractor.fit(documents, options=TrainingOptions(epochs=1), progress=False)
     assert extractor.model.head_links.biases.out_features == 2
-    assert extractor.schema.types[-1] == "unseen"
+    assert extractor.model.schema.types[-1] == "unseen"
 
 
 def test_pretrained_encoder(tmp_path):

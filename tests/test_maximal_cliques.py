@@ -189,6 +189,12 @@ def test_limit_names_the_first_graph(threads):
 
 
 @native
+def test_limit_with_more_nodes_than_memory():
+    with pytest.raises(supy.CliqueLimitError):
+        search([(0, 1)], 2**31 - 1, limit=10**9)
+
+
+@native
 @pytest.mark.parametrize("num_nodes", [60, 300])  # 3 ** 20 and 3 ** 100 cliques
 def test_hostile_graph_stops_at_the_limit(num_nodes):
     start = time.perf_counter()

@@ -1,13 +1,13 @@
 """What holds for every operator; a new one adds one row to TABLE.
 
-A row makes the arguments of the public function from (B, T, dtype): its tensors, in order, and its keywords. The first
-tensor is one that the operator computes with.
+A row makes the arguments of the public function from (B, T, dtype): its tensors, in order, and its keywords.
 """
 
 from typing import Callable, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import supy
@@ -74,7 +74,20 @@ def _sparse_targets(B, T, dtype):
     return [*_floats(dtype, (B, T, 5)), torch.randint(-1, 5, (B, T, 3))], {}
 
 
+def _edges(G, T):
+    return torch.randint(max(T, 1), (3 * G * T, 2))
+
+
+def _graph(B, T, dtype):
+    return [_edges(B, T)], {"num_nodes": T}
+
+
+def _graphs(B, T, dtype):
+    return [_edges(B, T), 3 * T * torch.arange(B + 1), torch.full((B,), T)], {}
+
+
 TABLE = {
+    "batched_maximal_cliques": Row(_graphs, differentiable=False),
     "efficient_global_pointer_loss": Row(_efficient(loss=True)),
     "efficient_global_pointer_scores": Row(
         _efficient(loss=False), any_order=True, checks_gradient=False
@@ -86,6 +99,7 @@ TABLE = {
     "global_pointer_loss": Row(_full(loss=True)),
     "global_pointer_scores": Row(_full(loss=False), any_order=True, checks_gradient=False),
     "global_pointer_spans": Row(_full(loss=False), differentiable=False),
+    "maximal_cliques": Row(_graph, differentiable=False),
     "multilabel_cross_entropy": Row(_dense_targets),
     "rotary": Row(lambda B, T, dtype: (_floats(dtype, (B, T, 6)), {}), any_order=True),
     "sparse_multilabel_cross_entropy": Row(_sparse_targets),
@@ -164,16 +178,20 @@ def test_opcheck(name):
 
 
 @every_operator
-def test_compile_at_two_lengths(name):
-    compiled = torch.compile(_function(name), fullgraph=True, backend="aot_eager")
+def test_compile(name):
+    """No graph break, and no new graph for the later lengths: no check of an argument specialises on a size."""
     torch._dynamo.reset()
-    # Spans and cliques: how many there are is known only when they are.
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_function(name), fullgraph=True, backend=backend)
+    # How many spans or cliques there are is known only once they are found.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for T in (5, 9):
+        for T in (5, 9, 14, 20):
             tensors, keywords = _arguments(name, 2, T)
             got = _run(name, tensors, keywords, compiled)
             for a, b in zip(got, _run(name, tensors, keywords), strict=True):
                 torch.testing.assert_close(a, b)
+    # One of fixed sizes, then one of any size; where a plain int changes too, one more.
+    assert backend.frame_count <= 3
 
 
 @every_operator
@@ -257,10 +275,11 @@ def test_nan_gives_nan(name):
 
 
 @every_operator
-def test_what_is_no_floating_point_tensor_is_refused(name):
+def test_another_dtype_and_no_tensor_are_refused(name):
     tensors, keywords = _arguments(name, 2, 4)
-    op = name.split()[0]
-    with pytest.raises(TypeError, match=rf"supy\.{op}: \w+ has dtype torch.int64"):
-        _function(name)(tensors[0].detach().long(), *tensors[1:], **keywords)
+    op, first = name.split()[0], tensors[0].detach()
+    other = first.long() if first.is_floating_point() else first.float()
+    with pytest.raises(TypeError, match=rf"supy\.{op}: \w+ has dtype {other.dtype}"):
+        _function(name)(other, *tensors[1:], **keywords)
     with pytest.raises(TypeError, match=rf"supy\.{op}: \w+ is a list, expected a torch.Tensor"):
-        _function(name)(tensors[0].tolist(), *tensors[1:], **keywords)
+        _function(name)(first.tolist(), *tensors[1:], **keywords)

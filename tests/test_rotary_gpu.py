@@ -34,7 +34,7 @@ def _compute(backend, x, grad, positions, interleaved):
 def test_values_and_gradients(backend, case, interleaved, layout, dtype):
     generator = torch.Generator().manual_seed(0)
     *batch, tokens, dim = SHAPES[case]
-    # A strided tensor: every other feature of a wider one. The gradient is expanded, as that of a sum over the batch is.
+    # Strided: every other feature of a wider tensor. The gradient is expanded, as that of a sum over the batch is.
     x = torch.randn(*batch, tokens, 2 * dim, generator=generator).to(DEVICE, dtype)
     x = x[..., ::2] if layout == "strided" else x[..., :dim].contiguous()
     grad = torch.randn(tokens, dim, generator=generator).to(DEVICE, dtype).expand_as(x)

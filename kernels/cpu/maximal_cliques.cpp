@@ -398,10 +398,15 @@ class Enumerator {
     const WordCall all{0, bits::first_n(candidates), 0};
     search_word(all, rows, outside, num_outside, out_.offsets, room(), stack_, poll_);
   }
-  // As above, for at most 64 candidates of a larger graph. A row comes from the node's list, or, where that is the
-  // endless list of a hub, from a look into the candidates' lists.
+  // As above, for at most 64 candidates of a larger graph. Among many members, where every second node on a list is
+  // another member, a row is gathered without branches, from the node's whole list; or, where that is the endless list
+  // of a hub, by a look into the candidates' lists.
   void search(const Graph& graph, const std::vector<int>& members, int excluded) {
     const int candidates = members.size() - excluded;
+    if (members.size() <= 24) {
+      load(graph, members, excluded);
+      return search(candidates, rows_.data() + excluded, rows_.data(), excluded);
+    }
     const int* const candidate = &members[excluded];
     for (int i = 0; i < candidates; ++i) graph.mark[candidate[i]] = bits::bit(i);
     rows_.resize(members.size());
@@ -514,13 +519,15 @@ void read_rows(const CliqueParams& p, int64_t g, uint64_t* rows) {
 void enumerate(const CliqueParams& p, int64_t begin, int64_t end, Lists& out, Poll& poll, int64_t* counts) {
   Enumerator cliques(out, poll, p.limit);
   for (int64_t g = begin; g < end; ++g) {
-    const int64_t before = out.offsets.size;
+    const int64_t before = out.offsets.size, n = p.node_counts[g], m = p.edge_offsets[g + 1] - p.edge_offsets[g];
     poll.tick();
     try {
-      if (p.node_counts[g] <= 64) {
+      if (n <= 64) {
         uint64_t rows[64];
         read_rows(p, g, rows);
-        cliques.small_graph(rows, p.node_counts[g]);
+        cliques.small_graph(rows, n);
+      } else if (p.limit >= 0 && n - 2 * m > p.limit) {  // so many nodes have no edge, and need no memory to say so
+        limit_exceeded(p, g);
       } else {
         cliques.large_graph(Graph(p, g));
       }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from random import Random
 from typing import NamedTuple
 
@@ -11,10 +13,18 @@ import torch
 from supy.events.data import Document, Event
 from supy.events.decode import decode_batch
 from supy.events.labels import merge_windows, split_document, split_windows
+from supy.events.metrics import Scores, evaluate
 from supy.events.model import EventModel
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer, Tokens
 
 Tokenizer = CharTokenizer | PretrainedTokenizer
+
+SPAN_THRESHOLDS = (-0.5, 0.0, 0.5, 1.0)
+LINK_THRESHOLDS = (-6.0, -4.0, -2.0, 0.0)
+"""What :meth:`Predictor.tune` tries. A missing link splits an event, so links do best well below 0."""
+
+MOST_EVENTS = 200
+"""Of one type in one window. Annotated sentences have 23 at most; a model in its first epochs may find any number."""
 
 
 class Window(NamedTuple):
@@ -87,36 +97,74 @@ def collate(
     return ids.to(device), lengths.to(device)
 
 
-@torch.inference_mode()
-def predict(
-    model: EventModel,
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    thresholds: tuple[float, float],
-    size: int,
-    overlap: int,
-    bf16: bool = False,
-    batch_size: int = 32,
-) -> list[list[Event]]:
-    """The events of each document. The model must be in eval mode."""
-    device = next(model.parameters()).device
-    windows = make_windows(documents, tokenizer, size=size, overlap=overlap).windows
-    found: list[list[tuple[tuple[int, int], list[Event]]]] = [[] for _ in documents]
-    for batch in bucketed(windows, batch_size):
-        ids, lengths = collate(batch, tokenizer.PADDING, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = model(ids, lengths)
-        decoded = decode_batch(
-            *model.predict(hidden, lengths, thresholds),
-            model.schema,
+@dataclass(frozen=True)
+class Predictor:
+    """What turns documents into events: a model in eval mode, and how to feed it."""
+
+    model: EventModel
+    tokenizer: Tokenizer
+    size: int  # of a window, in tokens
+    overlap: int
+    bf16: bool
+
+    def __call__(
+        self, documents: Sequence[Document], thresholds: tuple[float, float]
+    ) -> list[list[Event]]:
+        """The events of each document."""
+        found = _Found(len(documents))
+        for batch, rows in self._batches(documents, thresholds):
+            found.add(batch, self._decode(batch, rows, thresholds))
+        return found.events()
+
+    def tune(self, documents: Sequence[Document]) -> tuple[Scores, tuple[float, float]]:
+        """The best scores (event F1 + argument F1) that a choice of the two thresholds gives, and that choice."""
+        lowest = min(SPAN_THRESHOLDS), min(LINK_THRESHOLDS)
+        batches = list(self._batches(documents, lowest))
+        best = None
+        for thresholds in product(SPAN_THRESHOLDS, LINK_THRESHOLDS):
+            found = _Found(len(documents))
+            for batch, rows in batches:
+                found.add(batch, self._decode(batch, rows, thresholds))
+            scores = evaluate(documents, found.events())
+            total = scores.event.f1 + scores.argument.f1
+            if best is None or total > best[0]:
+                best = total, scores, thresholds
+        return best[1:]
+
+    @torch.inference_mode()
+    def _batches(self, documents, thresholds):
+        device = next(self.model.parameters()).device
+        windows = make_windows(documents, self.tokenizer, size=self.size, overlap=self.overlap)
+        for batch in bucketed(windows.windows, 32):
+            ids, lengths = collate(batch, self.tokenizer.PADDING, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.model(ids, lengths)
+            yield batch, self.model.predict(hidden, lengths, thresholds)
+
+    def _decode(self, batch, rows, thresholds) -> list[list[Event]]:
+        span, link = thresholds
+        return decode_batch(
+            *(table[scores > t] for (table, scores), t in zip(rows, (span, link, link))),
+            self.model.schema,
             len(batch),
-            typed=model.typed,
+            typed=self.model.typed,
             offsets=[window.tokens.offsets for window in batch],
+            limit=MOST_EVENTS,
         )
+
+
+class _Found:
+    """Events of windows, put together to events of documents."""
+
+    def __init__(self, count: int):
+        self.parts: list[list[tuple[tuple[int, int], list[Event]]]] = [[] for _ in range(count)]
+
+    def add(self, batch: Sequence[Window], decoded: Sequence[list[Event]]) -> None:
         for window, events in zip(batch, decoded, strict=True):
-            found[window.number].append((window.characters, events))
-    return [
-        merge_windows([events for _, events in parts], [part for part, _ in parts])
-        for parts in found
-    ]
+            self.parts[window.number].append((window.characters, events))
+
+    def events(self) -> list[list[Event]]:
+        return [
+            merge_windows([events for _, events in parts], [part for part, _ in parts])
+            for parts in self.parts
+        ]

@@ -13,11 +13,10 @@ from random import Random
 
 import torch
 
-from supy.events.batches import make_windows, predict
+from supy.events.batches import Predictor, make_windows
 from supy.events.checkpoint import Checkpoint, ModelError, load_model, save_model
 from supy.events.data import Document
 from supy.events.labels import encode
-from supy.events.metrics import evaluate
 from supy.events.model import EncoderConfig, EventModel, GAUEncoder, PretrainedEncoder
 from supy.events.schema import EventSchema
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer
@@ -89,23 +88,25 @@ class EventExtractor:
             raise ValueError("supy.events.fit: no document has an event, expected at least one")
         if dev is None:
             documents, dev = _hold_out(documents, options.seed)
-        self.schema = self.schema or EventSchema.from_documents(documents)
+        schema = self.schema or EventSchema.from_documents(documents)
         torch.manual_seed(options.seed)
-        self._build([document.text for document in documents])
+        if isinstance(self.encoder, EncoderConfig):
+            texts = [document.text for document in documents]
+            self.tokenizer = CharTokenizer.from_texts(texts)
+            encoder = GAUEncoder(len(self.tokenizer), self.tokenizer.pairs(texts), self.encoder)
+        else:
+            encoder, self.tokenizer = _pretrained(self.encoder)
+        self.model = EventModel(encoder, schema, typed=self.typed).to(self.device)
+        self.bf16 = options.use_bf16(self.device)
         self._report(documents)
         checkpoint = None
         if folder is not None:
             settings = {**self._config(), "training options": asdict(options)}
             checkpoint = Checkpoint(Path(folder), json.loads(json.dumps(settings)), documents)
-        self.bf16 = options.use_bf16(self.device)
-
-        def score(model):
-            return evaluate(dev, self._predict(dev, model=model))
-
         self.model = train(
             self.model,
             documents,
-            score,
+            lambda model: self._predictor(model).tune(dev)[0],
             self.tokenizer,
             options,
             size=self.window,
@@ -113,6 +114,7 @@ class EventExtractor:
             checkpoint=checkpoint,
             progress=progress,
         )
+        self.thresholds = self._predictor(self.model).tune(dev)[1]
         if folder is not None:
             self.save(folder)
             checkpoint.remove()
@@ -124,9 +126,10 @@ class EventExtractor:
 
     def extract_each(self, texts: Iterable[str], *, ahead: int = 128) -> Iterator[Document]:
         """`extract` for a stream of any length, in its order; ``ahead`` texts are read at a time."""
+        predict = self._predictor(self._require_model())
         texts = iter(texts)
         while chunk := [Document(text) for text in islice(texts, ahead)]:
-            for document, events in zip(chunk, self._predict(chunk), strict=True):
+            for document, events in zip(chunk, predict(chunk, self.thresholds), strict=True):
                 yield Document(document.text, events)
 
     def save(self, folder: Path | str) -> None:
@@ -158,34 +161,24 @@ class EventExtractor:
                 device=device,
             )
             extractor.thresholds = tuple(config["thresholds"])
-            if config["characters"] is not None:
+            extractor.bf16 = config["bf16"]
+            if isinstance(encoder, dict):
                 extractor.tokenizer = CharTokenizer(config["characters"])
-            extractor._build([], saved=folder / "encoder")
-            extractor.model.load_state_dict(tensors)
+                network = GAUEncoder(
+                    len(extractor.tokenizer), tensors["encoder.pairs"], extractor.encoder
+                )
+            else:
+                network, extractor.tokenizer = _pretrained(encoder, folder / "encoder")
+            model = EventModel(network, extractor.schema, typed=extractor.typed)
+            model.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder}: not a model of this supy ({reason})") from error
-        extractor.model.eval()
+        extractor.model = model.to(extractor.device).eval()
         return extractor
 
-    def _build(self, texts: Sequence[str], saved: Path | None = None) -> None:
-        if isinstance(self.encoder, EncoderConfig):
-            self.tokenizer = self.tokenizer or CharTokenizer.from_texts(texts)
-            encoder = GAUEncoder(len(self.tokenizer), self.encoder)
-        else:
-            encoder, self.tokenizer = _pretrained(self.encoder, saved)
-        self.model = EventModel(encoder, self.schema, typed=self.typed).to(self.device)
-
-    def _predict(self, documents: Sequence[Document], model: EventModel | None = None):
-        return predict(
-            model or self._require_model(),
-            documents,
-            self.tokenizer,
-            thresholds=self.thresholds,
-            size=self.window,
-            overlap=self.overlap,
-            bf16=self.bf16,
-        )
+    def _predictor(self, model: EventModel) -> Predictor:
+        return Predictor(model, self.tokenizer, self.window, self.overlap, self.bf16)
 
     def _require_model(self) -> EventModel:
         if self.model is None:
@@ -196,12 +189,13 @@ class EventExtractor:
         characters = isinstance(self.tokenizer, CharTokenizer)
         return {
             "format": FORMAT,
-            "labels": [list(label) for label in self.schema.labels],
+            "labels": [list(label) for label in self.model.schema.labels],
             "encoder": asdict(self.encoder) if characters else self.encoder,
             "typed": self.typed,
             "window": self.window,
             "overlap": self.overlap,
             "thresholds": list(self.thresholds),
+            "bf16": self.bf16,
             "characters": self.tokenizer.characters if characters else None,
         }
 
@@ -210,7 +204,7 @@ class EventExtractor:
         cut = make_windows(documents, self.tokenizer, size=self.window, overlap=self.overlap)
         labels = encode(
             [window.document for window in cut.windows],
-            self.schema,
+            self.model.schema,
             [window.tokens.offsets for window in cut.windows],
         )
         reasons = Counter(dropped.reason for dropped in labels.dropped)
@@ -235,7 +229,7 @@ def _hold_out(documents: Sequence[Document], seed: int) -> tuple[list[Document],
 
 
 def _pretrained(
-    name: str, saved: Path | None
+    name: str, saved: Path | None = None
 ) -> tuple[PretrainedEncoder, PretrainedTokenizer]:
     try:
         from transformers import AutoConfig, AutoModel, AutoTokenizer

@@ -211,4 +211,6 @@ def _rows(rows: set[tuple[int, int, int, int]]) -> torch.Tensor:
 
 
 def _shift(event: Event, by: int) -> Event:
+    if by == 0:
+        return event
     return Event(event.type, tuple(Argument(r, s + by, e + by) for r, s, e in event.arguments))

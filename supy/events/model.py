@@ -15,31 +15,44 @@ from supy.nn import EfficientGlobalPointer, GatedAttentionUnit
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of :class:`GAUEncoder`, the encoder that is trained from scratch."""
+    """Sizes of :class:`GAUEncoder`, the encoder that is trained from scratch, and what it drops while training.
+
+    Characters and pairs are replaced by the unknown one with their probability, so that the unknown ones are trained too.
+    """
 
     width: int = 256
     layers: int = 4
     value_size: int = 512
     key_size: int = 64
+    pair_size: int = 64
     dropout: float = 0.1
     character_dropout: float = 0.05
+    pair_dropout: float = 0.2
 
 
 class GAUEncoder(nn.Module):
-    """Character embeddings and a stack of gated attention units, pre-norm.
+    """Embeddings of characters and of pairs of them, and a stack of gated attention units, pre-norm.
 
-    Before each unit a quarter of the channels comes from the previous character and a quarter from the next: words are
-    local, and learning that from two thousand sentences by attention alone is hard.
+    Words are what a small training set does not teach an attention layer, so two things bring them in: a pair of
+    neighbouring characters has an embedding of its own, and before each unit a quarter of the channels comes from the
+    character before and a quarter from the one after.
+
+    Args:
+        vocabulary: number of characters. pairs: sorted int64 codes ``first * vocabulary + second`` of the known pairs.
     """
 
-    def __init__(self, vocabulary: int, config: EncoderConfig, unknown: int = 1):
+    UNKNOWN = 1
+
+    def __init__(self, vocabulary: int, pairs: torch.Tensor, config: EncoderConfig):
         super().__init__()
-        self.config, self.unknown = config, unknown
-        self.embedding = nn.Embedding(vocabulary, config.width)
+        self.config = config
+        self.register_buffer("pairs", pairs)
+        self.characters = nn.Embedding(vocabulary, config.width)
+        self.pair_embedding = nn.Embedding(len(pairs) + 1, config.pair_size)  # the last: unknown
+        self.pair_projection = nn.Linear(config.pair_size, config.width, bias=False)
+        nn.init.normal_(self.pair_projection.weight, std=config.pair_size**-0.5)
         self.units = nn.ModuleList(
-            GatedAttentionUnit(
-                config.width, value_size=config.value_size, key_size=config.key_size
-            )
+            GatedAttentionUnit(config.width, value_size=config.value_size, key_size=config.key_size)
             for _ in range(config.layers)
         )
         self.norms = nn.ModuleList(nn.RMSNorm(config.width) for _ in range(config.layers + 1))
@@ -54,14 +67,25 @@ class GAUEncoder(nn.Module):
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """ids int64 `[B, T]`, lengths int64 `[B]`: `[B, T, width]`."""
         visible = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        if self.training and self.config.character_dropout:
-            dropped = torch.rand(ids.shape, device=ids.device) < self.config.character_dropout
-            ids = ids.masked_fill(dropped & visible, self.unknown)
-        x = F.rms_norm(self.embedding(ids), (self.width,))
-        x = self._dropout(x)
+        pairs = self._replace(self._pair_numbers(ids), self.config.pair_dropout, len(self.pairs))
+        ids = self._replace(ids, self.config.character_dropout, self.UNKNOWN)
+        x = self.characters(ids) + self.pair_projection(self.pair_embedding(pairs)).float()
+        x = self._dropout(F.rms_norm(x, (self.width,)))
         for norm, unit in zip(self.norms, self.units):
-            x = x + self._dropout(unit(_shift(norm(x), visible), lengths=lengths).float())
+            x = x + self._dropout(unit(_shift(norm(x), visible), lengths=lengths)).float()
         return self._dropout(self.norms[-1](x))
+
+    def _pair_numbers(self, ids: torch.Tensor) -> torch.Tensor:
+        """The number of the pair that each character forms with the next, ``len(pairs)`` for an unknown one."""
+        code = ids * self.characters.num_embeddings + F.pad(ids[:, 1:], (0, 1))[:, : ids.shape[1]]
+        place = torch.searchsorted(self.pairs, code)
+        known = F.pad(self.pairs, (0, 1), value=-1)[place] == code
+        return place.masked_fill(~known, len(self.pairs))
+
+    def _replace(self, ids: torch.Tensor, probability: float, by: int) -> torch.Tensor:
+        if not self.training or probability == 0:
+            return ids
+        return ids.masked_fill(torch.rand(ids.shape, device=ids.device) < probability, by)
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.config.dropout, self.training)
@@ -116,24 +140,32 @@ class EventModel(nn.Module):
     def loss(
         self, hidden: torch.Tensor, lengths: torch.Tensor, labels: EventLabels
     ) -> torch.Tensor:
-        """The sum of the three heads' losses, each a mean over the batch of a sum over its heads."""
-        return sum(
-            pointer.loss(hidden, rows, lengths=lengths)
-            for pointer, rows in (
-                (self.spans, labels.spans),
-                (self.head_links, labels.head_links),
-                (self.tail_links, labels.tail_links),
-            )
-        )
+        """The sum of the three heads' losses, each a mean over the batch of a sum over its heads.
+
+        Links are only ever asked for between spans, so they are only trained there: between tokens that begin (end) one.
+        """
+        document, _, first, last = labels.spans.unbind(1)
+        loss = self.spans.loss(hidden, labels.spans, lengths=lengths)
+        for pointer, rows, tokens in (
+            (self.head_links, labels.head_links, first),
+            (self.tail_links, labels.tail_links, last),
+        ):
+            among = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+            among[document, tokens] = True
+            loss = loss + pointer.loss(hidden, rows, lengths=lengths, among=among)
+        return loss
 
     @torch.no_grad()
     def predict(
         self, hidden: torch.Tensor, lengths: torch.Tensor, thresholds: tuple[float, float]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Spans, head links and tail links above the two thresholds (spans, links), for `decode_batch`."""
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """(rows, scores) of the spans, head links and tail links above the thresholds (of spans, of links)."""
         span, link = thresholds
-        return (
-            self.spans.spans(hidden, threshold=span, lengths=lengths)[0],
-            self.head_links.spans(hidden, threshold=link, lengths=lengths)[0],
-            self.tail_links.spans(hidden, threshold=link, lengths=lengths)[0],
+        return tuple(
+            pointer.spans(hidden, threshold=threshold, lengths=lengths)
+            for pointer, threshold in (
+                (self.spans, span),
+                (self.head_links, link),
+                (self.tail_links, link),
+            )
         )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 
 class Tokens(NamedTuple):
@@ -38,6 +41,14 @@ class CharTokenizer:
 
     def __len__(self) -> int:
         return 2 + len(self.characters)
+
+    def pairs(self, texts: Iterable[str], *, min_count: int = 2) -> torch.Tensor:
+        """The pairs of neighbouring tokens that occur at least ``min_count`` times: int64, first * len(self) + second."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for text in texts:
+            counts.update(pairwise(self(text).ids))
+        codes = [a * len(self) + b for (a, b), n in counts.items() if n >= min_count]
+        return torch.tensor(sorted(codes), dtype=torch.int64)
 
     def __call__(self, text: str) -> Tokens:
         ids = [self._ids.get(character, self.UNKNOWN) for character in text]

@@ -41,12 +41,12 @@ class TrainingOptions:
 
     epochs: int = 40
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     warmup: float = 0.1
     weight_decay: float = 0.05
     clip: float = 1.0
     average: float = 0.998
-    swap: float = 0.5
+    swap: float = 0.6
     evaluate_every: int = 4
     patience: int = 5
     bf16: bool | None = None
@@ -175,11 +175,13 @@ def _warm_average(decay: float) -> Callable:
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """Weight decay for the matrices of linear layers and embeddings, none for scales, offsets and biases."""
+    decayed = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    chosen = set(map(id, decayed))
+    others = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
 
 

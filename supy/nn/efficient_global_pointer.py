@@ -57,12 +57,25 @@ class EfficientGlobalPointer(nn.Module):
         )
 
     def loss(
-        self, hidden: torch.Tensor, spans: torch.Tensor, *, lengths: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor,
+        spans: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        among: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss against `spans`, int64 rows (batch, head, start, end); see
-        :func:`supy.ops.efficient_global_pointer_loss`."""
+        :func:`supy.ops.efficient_global_pointer_loss`.
+
+        among: bool `[B, T]`; only cells whose start and end are both marked count.
+        """
+        q, k, start_bias, end_bias = self(hidden)
+        if among is not None:
+            start_bias, end_bias = (
+                bias.masked_fill(~among[..., None], -torch.inf) for bias in (start_bias, end_bias)
+            )
         return ops.efficient_global_pointer_loss(
-            *self(hidden), spans, lengths=lengths, tril=self.tril
+            q, k, start_bias, end_bias, spans, lengths=lengths, tril=self.tril
         )
 
     def spans(

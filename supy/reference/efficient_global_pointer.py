@@ -52,7 +52,9 @@ def efficient_global_pointer_loss(
     out = [t.new_zeros(t.shape if gradients else 0) for t in (q, k, x, y)]
     if B * T * H == 0:
         return loss, *out
-    hidden = ~visible_cells(T, lengths, tril, q.device)
+    below = ~visible_cells(T, None, tril, q.device)
+    # Padding is -inf in x and y by now; so may be other tokens that the caller rules out.
+    dead_x, dead_y = ((z.amax(2) == -torch.inf) for z in (x, y))
     batch, head, start, end = spans.unbind(1)
     cells, cell_of_span = ((batch * T + start) * T + end).unique(return_inverse=True)
     positive = torch.zeros(len(cells), H, dtype=torch.bool, device=q.device)
@@ -64,7 +66,7 @@ def efficient_global_pointer_loss(
         value, *grads = _samples(
             q[part], k[part], x[part], y[part],
             cells[first:last] - b * T * T, positive[first:last],
-            hidden if len(hidden) == 1 else hidden[part], scale, gradients,
+            below | dead_x[part, :, None] | dead_y[part, None], scale, gradients,
         )  # fmt: skip
         loss += value / B
         for total, grad in zip(out, grads):
@@ -141,7 +143,8 @@ def _faint(q, k, x, y, hidden, cells, scale, faint):
     if not faint.any():
         return
     a, _ = _products(q, k, hidden, cells, scale)
-    faint = faint & (a.amax((1, 2)) > -torch.inf)[:, None]
+    some_cell, *some_bias = (z.amax(dim) > -torch.inf for z, dim in ((a, (1, 2)), (x, 1), (y, 1)))
+    faint = faint & some_cell[:, None] & some_bias[0] & some_bias[1]
     for b in faint.any(1).nonzero().flatten().tolist():
         for heads in faint[b].nonzero().flatten().split(max(1, ELEMENTS_AT_ONCE // a[b].numel())):
             yield b, heads, a[b] + x[b][:, heads].T[:, :, None] + y[b][:, heads].T[:, None]
