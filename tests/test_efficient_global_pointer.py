@@ -153,6 +153,25 @@ def test_minus_infinity_in_a_bias_masks():
         assert grad.isfinite().all()
 
 
+def test_tokens_ruled_out_take_no_slow_path(monkeypatch):
+    """Biases of -inf, for tokens or whole heads, leave sums of exactly 0; that is no underflow to compute directly."""
+    tensors, spans, _ = _make(REGIMES["duplicates count once"])
+    with torch.no_grad():
+        tensors[2][0] = tensors[3][0] = -math.inf  # a sample without candidates
+        tensors[2][1, 1:] = tensors[3][1, :7] = -math.inf  # one cell left, (0, 7), which is positive for head 2
+        tensors[2][1, :, 1] = -math.inf  # and no start at all for head 1
+        tensors[0][1, 3] *= 1e4  # a token ruled out is no peak either
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    seen = []
+    monkeypatch.setattr(reference, "_scores_of", lambda *x: seen.append(x))
+    got = _with_gradients(ops.efficient_global_pointer_loss, wide, spans)
+    assert not seen
+    scores = mask(dense_scores(*(x.detach() for x in tensors)), None, True)[1, :, 0, 7]
+    expected = (1 + scores[0].exp()).log() + (1 + (-scores[2]).exp()).log()
+    torch.testing.assert_close(got[0].double(), expected / 2, rtol=1e-5, atol=0)
+    assert all(x.isfinite().all() for x in got)
+
+
 def test_padding_has_no_effect():
     tensors, spans, _ = _make(REGIMES["samples of length 0, 1 and T"])
     lengths = torch.tensor([0, 1, 6])

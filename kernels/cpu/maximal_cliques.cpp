@@ -12,6 +12,7 @@
 #include <vector>
 
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 #ifdef __x86_64__
@@ -64,11 +65,14 @@ class Array {
     data_ = static_cast<uint64_t*>(moved);
     capacity = n;
 #ifdef __linux__
-    // Large pages: half the time of writing a large result goes into page faults.
-    constexpr uintptr_t kHuge = 2 << 20;
-    const uintptr_t low = (reinterpret_cast<uintptr_t>(data_) + kHuge - 1) & -kHuge,
-                    high = reinterpret_cast<uintptr_t>(data_ + n) & -kHuge;
-    if (high > low + kHuge) madvise(reinterpret_cast<void*>(low), high - low, MADV_HUGEPAGE);
+    // Large pages spare half the time of writing a large result. All of it must be advised, up to the pages' edges: realloc
+    // cannot remap a range of two kinds.
+    if (n >= 1 << 19) {
+      constexpr uintptr_t page = 4096;
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(data_) & -page,
+                      end = (reinterpret_cast<uintptr_t>(data_) + malloc_usable_size(data_) + page - 1) & -page;
+      madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    }
 #endif
   }
 

@@ -27,7 +27,9 @@ def check_integer(shapes: Shapes, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_like(shapes: Shapes, name: str, tensor: torch.Tensor, dims: str, x: torch.Tensor) -> None:
+def check_like(
+    shapes: Shapes, name: str, tensor: torch.Tensor, dims: str, x: torch.Tensor
+) -> None:
     """``tensor`` has these dimensions and the dtype and device of q, which is ``x``."""
     shapes.match(name, tensor, dims, x.dtype)
     shapes.same_device(name, tensor, "q", x)
@@ -51,10 +53,11 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def define_loss(name: str, tensors: tuple[str, ...], others: str, reference, fake) -> Callable:
-    """Registers a loss operator that returns (loss, *its gradients for ``tensors``), and its backward operator.
+    """Registers a loss operator that returns (loss, *gradients for ``tensors``), and its backward.
 
-    The forward pass knows all that the gradients need, so it computes them at once where its last argument, ``gradients``, says
-    so; the backward operator scales them. It takes the tensors too, so that a second derivative finds it, and raises.
+    The forward pass knows all that the gradients need, so it computes them at once where its last
+    argument, ``gradients``, says so; the backward operator scales them. It takes the tensors too,
+    so that a second derivative finds it, and raises.
     """
     count = len(tensors)
 

@@ -83,7 +83,8 @@ def efficient_global_pointer_scores(
 
     Args:
         q, k: `[B, T, D]`, positions already applied.
-        start_bias, end_bias: `[B, T, H]`. All four have one floating-point dtype; half precision computes in float32.
+        start_bias, end_bias: `[B, T, H]`. All four have one floating-point dtype; half precision
+            computes in float32.
         lengths: int32 or int64 `[B]`, 0 to T; cells at and beyond a sample's length are -inf.
         tril: keeps start <= end and sets the other cells to -inf.
         scale: of the inner product; default 1 / sqrt(D).
@@ -117,28 +118,34 @@ def efficient_global_pointer_loss(
     tril: bool = True,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Multi-label cross-entropy of the span scores by four matrix products a sample (posts 8877, 7359 and 8888).
+    """Multi-label cross-entropy of the span scores by matrix products (posts 8877, 7359, 8888).
 
-        mean over b of the sum over h of log(1 + sum over other visible cells of e^s) + log(1 + sum over spans of e^-s)
+        mean over b of the sum over h of
+            log(1 + sum over other visible cells of e^s) + log(1 + sum over spans of e^-s)
 
-    The sum over cells factorises into products of e^a, e^start_bias and e^end_bias, so nothing of size `[B, H, T, T]` exists;
-    the result is exact, not an approximation.
+    The sum over cells factorises into products of e^a, e^start_bias and e^end_bias, so nothing of
+    size `[B, H, T, T]` exists; the result is exact, not an approximation.
 
     Args:
-        q, k, start_bias, end_bias, lengths, tril, scale: as in :func:`efficient_global_pointer_scores`.
-        spans: the positive cells, int64 `[N, 4]` rows (batch, head, start, end) in any order; duplicates count once.
+        q, k, start_bias, end_bias, lengths, tril, scale: as in
+            :func:`efficient_global_pointer_scores`.
+        spans: the positive cells, int64 `[N, 4]` rows (batch, head, start, end) in any order;
+            duplicates count once.
 
     Returns:
-        A scalar, float64 for float64 inputs and float32 otherwise; 0 for an empty batch. Differentiable once in q, k and the
-        biases; a second derivative raises RuntimeError. A cell whose score is -inf contributes nothing.
+        A scalar, float64 for float64 inputs and float32 otherwise; 0 for an empty batch.
+        Differentiable once in q, k and the biases; a second derivative raises RuntimeError. A cell
+        whose score is -inf contributes nothing.
 
     Raises:
-        ValueError: a shape or a length is not as above, or a row of ``spans`` names a cell that is out of range or masked.
+        ValueError: a shape or a length is not as above, or a row of ``spans`` names a cell that is
+            out of range or masked.
         TypeError: an argument is not a tensor of the right dtype.
 
     >>> import torch, supy
     >>> q, bias = torch.zeros(1, 2, 4), torch.zeros(1, 2, 1)
-    >>> loss = supy.ops.efficient_global_pointer_loss(q, q, bias, bias, torch.tensor([[0, 0, 0, 1]]))
+    >>> spans = torch.tensor([[0, 0, 0, 1]])
+    >>> loss = supy.ops.efficient_global_pointer_loss(q, q, bias, bias, spans)
     >>> round(loss.exp().item(), 4)  # 1 + 2 negative cells, times 1 + 1 positive cell
     6.0
     """
@@ -160,14 +167,17 @@ def efficient_global_pointer_spans(
     tril: bool = True,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The spans whose score is strictly greater than ``threshold``, looking only at cells that can have one (post 8877).
+    """The spans whose score is strictly greater than ``threshold`` (post 8877).
+
+    Only cells whose best start and best end together can pass are looked at head by head.
 
     Args:
-        q, k, start_bias, end_bias, lengths, tril, scale: as in :func:`efficient_global_pointer_scores`.
+        q, k, start_bias, end_bias, lengths, tril, scale: as in
+            :func:`efficient_global_pointer_scores`.
 
     Returns:
-        ``spans`` int64 `[N, 4]`, rows (batch, head, start, end) in lexicographic order, and their scores `[N]` in the dtype of
-        q. Not differentiable.
+        ``spans`` int64 `[N, 4]`, rows (batch, head, start, end) in lexicographic order, and their
+        scores `[N]` in the dtype of q. Not differentiable.
 
     Raises:
         ValueError: a shape or a length is not as above.

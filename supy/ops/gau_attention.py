@@ -62,7 +62,8 @@ def gau_attention(
 ) -> torch.Tensor:
     """Attention with one head and a gate: u * (A v) (posts 8934 and 9019; arXiv 2202.10447).
 
-    With S = scale * q k^T and l the number of keys that the row sees (under ``causal``, its own position and before):
+    With S = scale * q k^T and l the number of keys that the row sees (under ``causal``, its own
+    position and before):
 
         "relu2"          A = relu(S)^2 / l
         "softmax"        A = softmax(S)
@@ -70,17 +71,22 @@ def gau_attention(
 
     Args:
         q, k: `[B, T, S]`, positions already applied.
-        v: `[B, T, E]`. All of q, k, v and u have one floating-point dtype; half precision computes in float32.
+        v: `[B, T, E]`. All of q, k, v and u have one floating-point dtype; half precision computes
+            in float32.
         u: the gate, `[B, T, E]`, or None for 1.
-        lengths: int32 or int64 `[B]`, 0 to T. Tokens at and beyond a sample's length are no keys, their own rows are 0, and
-            so are all their gradients: nothing that stands in the padding, NaN included, has any effect.
-        cu_seqlens: int32 or int64 `[N + 1]`, 0 = first <= ... <= last = T: N sequences packed one after another into one
-            row (B = 1), each of which sees itself only. Excludes ``lengths``.
+        lengths: int32 or int64 `[B]`, 0 to T. Tokens at and beyond a sample's length are no keys,
+            their own rows are 0, and so are all their gradients: nothing that stands in the
+            padding, NaN included, has any effect.
+        cu_seqlens: int32 or int64 `[N + 1]`, 0 = first <= ... <= last = T: N sequences packed one
+            after another into one row (B = 1), each of which sees itself only. Excludes
+            ``lengths``.
         scale: default 1 / sqrt(S).
-        relu2_length: what "relu2" divides by in place of l, such as 512, at which GAU-alpha was trained.
+        relu2_length: what "relu2" divides by in place of l, such as 512, at which GAU-alpha was
+            trained.
 
     Returns:
-        `[B, T, E]` in the dtype of v. A row that sees no key is 0. Differentiable once in q, k, v and u.
+        `[B, T, E]` in the dtype of v. A row that sees no key is 0. Differentiable once in q, k, v
+        and u.
 
     Raises:
         ValueError: a shape, ``kernel``, a length or ``cu_seqlens`` is not as above.

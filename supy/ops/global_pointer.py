@@ -71,10 +71,13 @@ def global_pointer_scores(
     tril: bool = True,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """The score of every span for every head: s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h] (post 8373).
+    """The score of every span for every head (post 8373).
+
+        s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h]
 
     Args:
-        q, k: `[B, T, H, D]`, positions already applied, one floating-point dtype. Half precision computes in float32.
+        q, k: `[B, T, H, D]`, positions already applied, one floating-point dtype. Half precision
+            computes in float32.
         lengths: int32 or int64 `[B]`, 0 to T; cells at and beyond a sample's length are -inf.
         tril: keeps start <= end and sets the other cells to -inf.
         scale: default 1 / sqrt(D).
@@ -105,20 +108,24 @@ def global_pointer_loss(
     tril: bool = True,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Multi-label cross-entropy of the span scores, without holding them all (posts 8373, 7359 and 8888).
+    """Multi-label cross-entropy of the span scores, a few at a time (posts 8373, 7359, 8888).
 
-        mean over b of the sum over h of log(1 + sum over other visible cells of e^s) + log(1 + sum over spans of e^-s)
+        mean over b of the sum over h of
+            log(1 + sum over other visible cells of e^s) + log(1 + sum over spans of e^-s)
 
     Args:
         q, k, lengths, tril, scale: as in :func:`global_pointer_scores`.
-        spans: the positive cells, int64 `[N, 4]` rows (batch, head, start, end) in any order; duplicates count once.
+        spans: the positive cells, int64 `[N, 4]` rows (batch, head, start, end) in any order;
+            duplicates count once.
 
     Returns:
-        A scalar, float64 for float64 inputs and float32 otherwise; 0 for an empty batch. Differentiable once in q and k;
-        a second derivative raises RuntimeError. A cell whose score is -inf contributes nothing.
+        A scalar, float64 for float64 inputs and float32 otherwise; 0 for an empty batch.
+        Differentiable once in q and k; a second derivative raises RuntimeError. A cell whose score
+        is -inf contributes nothing.
 
     Raises:
-        ValueError: a shape or a length is not as above, or a row of ``spans`` names a cell that is out of range or masked.
+        ValueError: a shape or a length is not as above, or a row of ``spans`` names a cell that is
+            out of range or masked.
         TypeError: an argument is not a tensor of the right dtype.
 
     >>> import torch, supy
@@ -142,14 +149,16 @@ def global_pointer_spans(
     tril: bool = True,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The spans whose score is strictly greater than ``threshold``, without holding all scores (post 8373).
+    """The spans whose score is strictly greater than ``threshold`` (post 8373).
+
+    Holds the scores of a few heads at a time.
 
     Args:
         q, k, lengths, tril, scale: as in :func:`global_pointer_scores`.
 
     Returns:
-        ``spans`` int64 `[N, 4]`, rows (batch, head, start, end) in lexicographic order, and their scores `[N]` in the dtype of
-        q. Not differentiable.
+        ``spans`` int64 `[N, 4]`, rows (batch, head, start, end) in lexicographic order, and their
+        scores `[N]` in the dtype of q. Not differentiable.
 
     Raises:
         ValueError: a shape or a length is not as above.

@@ -43,18 +43,21 @@ def multilabel_cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> tor
 
         log(1 + sum (1 - t) e^s) + log(1 + sum t e^-s)
 
-    Classes with s > 0 are the prediction, whatever the number of classes and of positives. With soft labels the minimum is
-    at t = sigmoid(2 s).
+    Classes with s > 0 are the prediction, whatever the number of classes and of positives. With
+    soft labels the minimum is at t = sigmoid(2 s).
 
     Args:
-        scores: `[..., K]`, any floating-point dtype, no activation. A class whose score is -inf contributes nothing.
+        scores: `[..., K]`, any floating-point dtype, no activation. A class whose score is -inf
+            contributes nothing.
         targets: the shape of ``scores``, any dtype, 0 to 1. Not differentiated.
 
     Returns:
-        `[...]`, float64 for float64 scores and float32 otherwise. Differentiable once in ``scores``.
+        `[...]`, float64 for float64 scores and float32 otherwise. Differentiable once in
+        ``scores``.
 
     Raises:
-        ValueError: the shapes differ, a target is outside 0 to 1, or ``targets`` asks for a gradient.
+        ValueError: the shapes differ, a target is outside 0 to 1, or ``targets`` asks for a
+            gradient.
         TypeError: an argument is not a tensor of the right dtype.
 
     >>> import torch, supy

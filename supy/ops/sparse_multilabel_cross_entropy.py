@@ -48,16 +48,19 @@ def sparse_multilabel_cross_entropy(
 
         log(1 + sum over classes not in P of e^s) + log(1 + sum over classes in P of e^-s)
 
-    It equals :func:`multilabel_cross_entropy` of the same labels to rounding, for any scores: P is left out of the first sum,
-    never subtracted from it as in the published form, which cancels from scores near 15 on.
+    It equals :func:`multilabel_cross_entropy` of the same labels to rounding, for any scores: P is
+    left out of the first sum, never subtracted from it as in the published form, which cancels
+    from scores near 15 on.
 
     Args:
-        scores: `[..., K]`, K >= 1, any floating-point dtype. A class whose score is -inf contributes nothing.
+        scores: `[..., K]`, K >= 1, any floating-point dtype. A class whose score is -inf
+            contributes nothing.
         indices: int64 `[..., P]`, the set P of each row in any order; duplicates count once.
         ignore_index: entries of ``indices`` with this value are no label.
 
     Returns:
-        `[...]`, float64 for float64 scores and float32 otherwise. Differentiable once in ``scores``.
+        `[...]`, float64 for float64 scores and float32 otherwise. Differentiable once in
+        ``scores``.
 
     Raises:
         ValueError: the shapes disagree, or an index is neither ``ignore_index`` nor 0 to K - 1.

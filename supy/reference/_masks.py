@@ -1,4 +1,4 @@
-"""What the references of attention and span scoring share: visible tokens and cells, positive cells, sums by group."""
+"""What the references share: visible tokens and cells, checks of data, sums by group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_lengths(op: str, lengths: torch.Tensor | None, tokens: int) -> None:
-    """Raises ValueError at the first length outside 0 to T. It reads the data, so it is for operators, not for tracing."""
+    """Raises ValueError at the first length outside 0 to T.
+
+    It reads the data, so it belongs in an operator, where torch.compile does not trace it.
+    """
     if lengths is None:
         return
     outside = ((lengths < 0) | (lengths > tokens)).nonzero()
@@ -23,21 +26,21 @@ def check_lengths(op: str, lengths: torch.Tensor | None, tokens: int) -> None:
 
 
 def padding(lengths: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """`[B, T, 1]`, True on the tokens at and beyond each sample's length; None without lengths."""
+    """`[B, T, 1]`, True at and beyond each sample's length; None without lengths."""
     if lengths is None:
         return None
     return (torch.arange(tokens, device=lengths.device) >= lengths[:, None])[..., None]
 
 
 def clear(x: torch.Tensor, padded: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
-    """``x`` with padded tokens replaced, so that whatever stands there, NaN too, reaches no product."""
+    """``x`` with padded tokens replaced, so that what stands there, NaN too, reaches no product."""
     return x if padded is None else x.masked_fill(padded, value)
 
 
 def visible_cells(
     tokens: int, lengths: torch.Tensor | None, tril: bool, device: torch.device
 ) -> torch.Tensor:
-    """`[1 or B, T, T]`, True where start and end are inside the sample and, with ``tril``, start <= end."""
+    """`[1 or B, T, T]`, True where start and end are inside and, with ``tril``, start <= end."""
     token = torch.arange(tokens, device=device)
     cells = token[:, None] <= token if tril else token[:, None] >= 0
     cells = cells.expand(tokens, tokens)[None]
@@ -54,7 +57,7 @@ def check_spans(
     lengths: torch.Tensor | None,
     tril: bool,
 ) -> None:
-    """Raises ValueError at the first row (batch, head, start, end) of ``spans`` that names no visible cell.
+    """Raises ValueError at the first row (batch, head, start, end) that names no visible cell.
 
     ``sizes`` is (B, H, T).
     """
@@ -77,14 +80,18 @@ def check_spans(
 
 
 def add_rows(out: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``out[index[n]] += rows[n]`` in place, rows that share an index included, with the same bits on every run."""
-    if out.is_cuda:  # index_put_ sorts on CUDA, where index_add_ races; on the CPU it is the other way round.
+    """``out[index[n]] += rows[n]`` in place, for any index, with the same bits on every run."""
+    # index_put_ sorts on CUDA, where index_add_ races; on the CPU it is the other way round.
+    if out.is_cuda:
         return out.index_put_((index,), rows, accumulate=True)
     return out.index_add_(0, index, rows)
 
 
 def grouped_logsumexp(terms: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    """Log-sum-exp over the rows of ``terms`` `[N, ...]` that share a group: `[groups, ...]`, -inf for an empty group."""
+    """Log-sum-exp over the rows of ``terms`` that share a group; -inf for an empty group.
+
+    terms `[N, ...]`, group `[N]`, result `[groups, ...]`.
+    """
     shape = (groups, *terms.shape[1:])
     index = group.view(-1, *(1,) * (terms.ndim - 1)).expand_as(terms)
     top = terms.new_full(shape, -torch.inf).scatter_reduce_(0, index, terms, "amax")

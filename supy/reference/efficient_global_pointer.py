@@ -16,13 +16,14 @@ from supy.reference._masks import (
     wide,
 )
 
-ELEMENTS_AT_ONCE = 1 << 20  # of one temporary: 4 MB of float32, so that the loss of a few samples stays in cache
+# Of one temporary: 4 MB of float32, so that a few samples stay in cache.
+ELEMENTS_AT_ONCE = 1 << 20
 
 
 def efficient_global_pointer_scores(q, k, start_bias, end_bias, lengths, tril, scale):
-    """s[b, h, i, j] = scale * q[b, i] . k[b, j] + start_bias[b, i, h] + end_bias[b, j, h]; masked as global_pointer_scores.
+    """s[b, h, i, j] = scale * q[b, i] . k[b, j] + start_bias[b, i, h] + end_bias[b, j, h].
 
-    q, k `[B, T, D]`, biases `[B, T, H]`, s `[B, H, T, T]` (post 8877).
+    q, k `[B, T, D]`, biases `[B, T, H]`, s `[B, H, T, T]` (post 8877); masked as the full form.
     """
     check_lengths("efficient_global_pointer_scores", lengths, q.shape[1])
     a = (wide(q) @ wide(k).mT).mul_(scale)
@@ -36,10 +37,11 @@ def efficient_global_pointer_scores(q, k, start_bias, end_bias, lengths, tril, s
 def efficient_global_pointer_loss(
     q, k, start_bias, end_bias, spans, lengths, tril, scale, gradients
 ):
-    """(loss, dq, dk, dstart_bias, dend_bias), without ever holding `[B, H, T, T]`; see `_samples` for the formula.
+    """(loss, dq, dk, dstart_bias, dend_bias); `[B, H, T, T]` never exists, see `_samples`.
 
-    The loss is the mean over samples of the sum over heads of log(1 + sum_neg e^s) + log(1 + sum_pos e^-s). The gradients
-    are empty unless ``gradients``. Positives are the distinct rows of ``spans``.
+        loss = mean over b of sum over h of log(1 + sum_neg e^s) + log(1 + sum_pos e^-s)
+
+    The gradients are empty unless ``gradients``. Positives are the distinct rows of ``spans``.
     """
     B, T, H = start_bias.shape
     op = "efficient_global_pointer_loss"
@@ -75,13 +77,15 @@ def efficient_global_pointer_loss(
 
 
 def _samples(q, k, x, y, cells, positive, hidden, scale, gradients):
-    """Sum of the loss over samples and heads, and its gradients for q, k, x and y, by four matrix products.
+    """Sum of the loss over samples and heads, and its gradients for q, k, x, y, by matrix products.
 
-        sum over cells of e^s_hij = sum_i e^x_hi sum_j P_ij e^y_hj,    P_ij = e^a_ij,    s_hij = a_ij + x_hi + y_hj
+        sum over cells of e^s_hij = sum_i e^x_hi sum_j P_ij e^y_hj
+        with s_hij = a_ij + x_hi + y_hj and P_ij = e^a_ij
 
-    P is 0 on hidden cells and on ``cells`` `[C]`, those that are positive for any head; ``positive`` `[C, H]` says for which,
-    and the other heads take these cells up one by one. Every exponential is shifted by its own maximum, so that only a
-    sample and head whose every cell lies far below the sum of the maxima underflows; `_faint` computes these directly.
+    P is 0 on hidden cells and on ``cells`` `[C]`, those that are positive for any head;
+    ``positive`` `[C, H]` says for which, and the other heads take these cells up one by one. Every
+    exponential is shifted by its own maximum, so that only a sample and head whose every cell lies
+    far below the sum of the maxima underflows; `_faint` computes these directly.
     """
     B, T, H = x.shape
     a, at = _products(q, k, hidden, cells, scale)
@@ -125,7 +129,7 @@ def _samples(q, k, x, y, cells, positive, hidden, scale, gradients):
 
 
 def _products(q, k, hidden, cells, scale):
-    """a `[B, T, T]` with -inf on hidden and on positive cells, and the values `[C]` that it had on the positive ones."""
+    """a `[B, T, T]` with -inf on hidden and positive cells, and what it had on the latter `[C]`."""
     a = (q @ k.mT).mul_(scale).masked_fill_(hidden, -torch.inf)
     at = a.view(-1)[cells]
     a.view(-1)[cells] = -torch.inf
@@ -139,7 +143,10 @@ def _peak(z, dim):
 
 
 def _faint(q, k, x, y, hidden, cells, scale, faint):
-    """(sample, heads, the scores of their negative cells `[heads, T, T]`), a few at a time, for the heads marked `[B, H]`."""
+    """For the heads marked `[B, H]`, some at a time: (sample, heads, their scores `[heads, T, T]`).
+
+    Positive cells are -inf. Heads whose every score is -inf are left out.
+    """
     if not faint.any():
         return
     a, _ = _products(q, k, hidden, cells, scale)
@@ -147,7 +154,12 @@ def _faint(q, k, x, y, hidden, cells, scale, faint):
     faint = faint & some_cell[:, None] & some_bias[0] & some_bias[1]
     for b in faint.any(1).nonzero().flatten().tolist():
         for heads in faint[b].nonzero().flatten().split(max(1, ELEMENTS_AT_ONCE // a[b].numel())):
-            yield b, heads, a[b] + x[b][:, heads].T[:, :, None] + y[b][:, heads].T[:, None]
+            yield b, heads, _scores_of(a[b], x[b][:, heads], y[b][:, heads])
+
+
+def _scores_of(a, x, y):
+    """`[H, T, T]` from a `[T, T]` and the biases `[T, H]` of one sample."""
+    return a + x.T[:, :, None] + y.T[:, None]
 
 
 def efficient_global_pointer_spans(
@@ -155,8 +167,9 @@ def efficient_global_pointer_spans(
 ):
     """Rows (batch, head, start, end) with s > threshold, in this order, and their scores.
 
-    Only cells with a_ij + max_h x_hi + max_h y_hj > threshold are looked at head by head. The bound is rounded in the same
-    steps as a score, and rounding is monotone, so that no score lies above its bound.
+    Only cells with a_ij + max_h x_hi + max_h y_hj > threshold are looked at head by head. The
+    bound is rounded in the same steps as a score, and rounding is monotone, so that no score lies
+    above its bound.
     """
     check_lengths("efficient_global_pointer_spans", lengths, q.shape[1])
     B, T, H = start_bias.shape

@@ -11,19 +11,18 @@ from supy.reference._masks import check_lengths, clear, padding, visible_cells, 
 
 
 def gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
-    """O = u * (A v), with A from `_attention`; half precision computes in float32.
+    """O = u * (A v), with A from `_attention`.
 
-    q, k `[B, T, S]`, v, u `[B, T, E]`, u may be None. Post 8934: O = (U . A V) W_o.
+    q, k `[B, T, S]`, v, u `[B, T, E]`, u may be None. Post 8934: O = (U . A V) W_o. Half precision has its scores and their
+    sums in float32, and A in its own dtype for the product with v, which adds up in float32.
     """
     _check("gau_attention", lengths, cu_seqlens, q.shape[1])
     padded = padding(lengths, q.shape[1])
-    dtype = v.dtype
-    q, k, v = (clear(wide(x), padded) for x in (q, k, v))
-    A, _, _ = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
-    out = A @ v
+    A, _, _ = _attention(wide(q), wide(k), lengths, cu_seqlens, kernel, causal, scale, relu2_length)
+    out = A.to(v.dtype) @ clear(v, padded)
     if u is not None:
-        out.mul_(clear(wide(u), padded))
-    return out.to(dtype)
+        out.mul_(u)
+    return out if padded is None else out.masked_fill_(padded, 0)
 
 
 def gau_attention_backward(
@@ -37,29 +36,32 @@ def gau_attention_backward(
     """
     padded = padding(lengths, q.shape[1])
     dtype = q.dtype
-    grad, q, k, v = (clear(wide(x), padded) for x in (grad, q, k, v))
+    q, k, v = clear(wide(q), padded), clear(wide(k), padded), clear(v, padded)
     A, slope, factor = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
-    du = q.new_empty(0)
+    weights = A.to(dtype)
+    grad = clear(grad, padded)
+    du = q.new_empty(0, dtype=dtype)
     if u is not None:
-        du = (A @ v).mul_(grad)
-        grad = grad * clear(wide(u), padded)
-    dv = A.mT @ grad
-    dA = grad @ v.mT
+        du = (weights @ v).mul_(grad)
+        grad = clear(grad * u, padded)
+    dv = weights.mT @ grad
+    dA = wide(grad @ v.mT)
     if kernel == "relu2":
-        dS = dA * slope
+        dS = dA.mul_(slope)
     else:
-        dS = A * (dA - (A * dA).sum(-1, keepdim=True))
-    dS = dS * factor
-    return tuple(x.to(dtype) for x in (dS @ k, dS.mT @ q, dv, du))
+        dS = A * dA.sub_((A * dA).sum(-1, keepdim=True))
+    dS = dS.mul_(factor)
+    return (dS @ k).to(dtype), (dS.mT @ q).to(dtype), dv, du
 
 
 def _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
     """A `[B, T, T]`; its slope dA/dS for relu2, else None; and the factor in S = factor * q k^T.
 
         relu2: A = relu(S)^2 / l    softmax: A = exp(S) / sum over visible keys of exp(S)
-        softmax_plus: softmax with S * log(max(l, 16)) / log 512 (post 8823, bert4keras' floor of 16)
+        softmax_plus: softmax with S * log(max(l, 16)) / log 512 (post 8823; floor as bert4keras)
 
-    l is the number of keys that the row sees, or ``relu2_length``. Invisible cells, and so rows that see no key, are 0.
+    l is the number of keys that the row sees, or ``relu2_length``. Invisible cells, and so rows
+    that see no key, are 0.
     """
     T = q.shape[1]
     # visible_cells has start <= end; attention has the key not after the query.

@@ -19,7 +19,7 @@ CELLS_AT_ONCE = 1 << 22  # cells that the loss and the decoding hold in memory: 
 
 
 def global_pointer_scores(q, k, lengths, tril, scale):
-    """s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h]; -inf outside the sample and, with ``tril``, where i > j.
+    """s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h]; -inf in padding and, with ``tril``, for i > j.
 
     q, k `[B, T, H, D]`, s `[B, H, T, T]` (post 8373; the scale and the masks are bert4keras').
     """
@@ -30,10 +30,13 @@ def global_pointer_scores(q, k, lengths, tril, scale):
 
 
 def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients):
-    """(loss, dq, dk): mean over samples of the sum over heads of log(1 + sum_neg e^s) + log(1 + sum_pos e^-s).
+    """(loss, dq, dk).
 
-    The gradients are empty unless ``gradients``. Positives are the distinct rows of ``spans``. They are set to -inf before
-    the negatives are summed, never subtracted (post 7359, section 1.3 of 8888). Memory is that of a few heads.
+        loss = mean over b of sum over h of log(1 + sum_neg e^s) + log(1 + sum_pos e^-s)
+
+    The gradients are empty unless ``gradients``. Positives are the distinct rows of ``spans``.
+    They are set to -inf before the negatives are summed, never subtracted (post 7359, section 1.3
+    of 8888). Memory is that of a few heads.
     """
     B, T, H, D = q.shape
     op = "global_pointer_loss"
@@ -54,7 +57,8 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients):
     for h in range(0, H, step):
         part = slice(h, min(h + step, H))
         inside = (cells >= h * B * T * T) & (cells < part.stop * B * T * T)
-        value, ds = _heads(q[part], k[part], cells[inside] - h * B * T * T, hidden, scale, gradients)
+        own = cells[inside] - h * B * T * T
+        value, ds = _heads(q[part], k[part], own, hidden, scale, gradients)
         loss += value / B
         if gradients:
             ds.mul_(scale / B)
@@ -64,7 +68,10 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients):
 
 
 def _heads(q, k, cells, hidden, scale, gradients):
-    """Sum of the loss over `[H, B]` and its gradient for the scores `[H, B, T, T]`; ``cells`` are the positive ones."""
+    """Sum of the loss over heads and samples, and its gradient for the scores `[H, B, T, T]`.
+
+    ``cells`` are the positive ones, numbered in this shape.
+    """
     s = (q @ k.mT).mul_(scale).masked_fill_(hidden, -torch.inf)
     group = cells // hidden[0].numel()
     minus = -s.view(-1)[cells]

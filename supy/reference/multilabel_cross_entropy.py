@@ -9,7 +9,7 @@ from supy.reference._masks import log_one_plus, wide
 
 
 def multilabel_cross_entropy(scores, targets):
-    """The two halves of the loss over the last axis, whose sum is the loss; -inf scores are left out of both.
+    """The two halves of the loss over the last axis; -inf scores are left out of both.
 
     negative = log(1 + sum (1 - t) e^s),  positive = log(1 + sum t e^-s)
     """
@@ -33,7 +33,7 @@ def multilabel_cross_entropy_backward(
 
 
 def _terms(scores, targets):
-    """s + log(1 - t) and -s + log t, both -inf where s is, and so that t = 0 or 1 meets no infinite s."""
+    """s + log(1 - t) and -s + log t; both -inf where s is, and t = 0 or 1 meets no infinite s."""
     s, t = wide(scores), targets.to(wide(scores).dtype)
     masked = s == -torch.inf
     negative = (s + torch.log1p(-t)).masked_fill_(masked | (t == 1), -torch.inf)

@@ -9,12 +9,13 @@ from supy.reference._masks import log_one_plus, wide
 
 
 def sparse_multilabel_cross_entropy(scores, indices, ignore_index):
-    """The two halves of the loss over the last axis, whose sum is the loss; -inf scores are left out of both.
+    """The two halves of the loss over the last axis; -inf scores are left out of both.
 
-    negative = log(1 + sum over classes not in P of e^s),  positive = log(1 + sum over distinct classes in P of e^-s)
+        negative = log(1 + sum over classes not in P of e^s)
+        positive = log(1 + sum over distinct classes in P of e^-s)
 
-    P is left out while the negatives are summed. The published log(1 + sum of all) + log(1 - e^(b - a)) cancels: from
-    positive scores near 15 on it is negative or NaN in float32.
+    P is left out while the negatives are summed. The published a + log(1 - e^(b - a)) cancels:
+    from positive scores near 15 on it is negative or NaN in float32.
     """
     _check(indices, scores.shape[-1], ignore_index)
     s = wide(scores)
@@ -26,13 +27,13 @@ def sparse_multilabel_cross_entropy(scores, indices, ignore_index):
 def sparse_multilabel_cross_entropy_backward(
     grad_negative, grad_positive, scores, indices, negative, positive, ignore_index
 ):
-    """ds = e^(s - negative) grad_negative on negatives, -e^(-s - positive) grad_positive on positives."""
+    """ds = e^(s - negative) grad_negative outside P, -e^(-s - positive) grad_positive in P."""
     s = wide(scores)
     at, used = _distinct(indices, ignore_index)
     above = (s - negative[..., None]).exp_().mul_(grad_negative[..., None])
     above.masked_fill_(_mask(at, used, s.shape[-1]), 0)
     below = (_positives(s, at, used) - positive[..., None]).exp_().mul_(grad_positive[..., None])
-    # Unused entries stand at class 0 and add 0, so that what repeats in the sum is zeros and the order does not show.
+    # Unused entries add 0, so the order in which equal indices are added does not show.
     return above.scatter_add_(-1, at, -below).to(scores.dtype)
 
 
@@ -49,7 +50,10 @@ def _check(indices, classes, ignore_index):
 
 
 def _distinct(indices, ignore_index):
-    """The indices in ascending order and which to use: the first of equal ones, none that is ignored (these become 0)."""
+    """The indices in ascending order, and which to use: the first of equal ones, none ignored.
+
+    Ignored ones become 0, so that every index can be looked up.
+    """
     at = indices.sort(-1).values
     used = at != ignore_index
     used[..., 1:] &= at[..., 1:] != at[..., :-1]
