@@ -95,7 +95,7 @@ def test_loss_in_each_dtype(regime, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_heads_whose_scaled_sum_underflows(dtype, monkeypatch):
-    """One head's best start and best end meet on no visible cell, so that every score lies far below the sum of peaks."""
+    """One head's best start and best end meet on no visible cell: every score lies far below the sum of peaks."""
     gap = 100.0 if dtype == torch.float32 else 800.0
     tensors = [torch.randn(2, 6, n, dtype=torch.float64) for n in (4, 4, 3, 3)]
     tensors[2][0, 5, 1] += gap  # the last token as start: only (5, 5) is visible

@@ -42,9 +42,10 @@ def by_rows(q, k, v, u, kernel, causal=False, lengths=None, cu_seqlens=None, sca
     for b in range(B):
         for i in range(T):
             first, last = 0, T if lengths is None else int(lengths[b])
-            for start, end in zip([] if cu_seqlens is None else cu_seqlens, [] if cu_seqlens is None else cu_seqlens[1:]):
+            ends = [] if cu_seqlens is None else cu_seqlens.tolist()
+            for start, end in zip(ends, ends[1:]):
                 if start <= i < end:
-                    first, last = int(start), int(end)
+                    first, last = start, end
             keys = [j for j in range(first, last) if i < last and (j <= i or not causal)]
             if not keys:
                 rows.append(v[b, i] * 0)
@@ -132,7 +133,8 @@ def test_packed_sequences_equal_separate_ones():
 def _errors():
     q, v = torch.zeros(2, 5, 4), torch.zeros(2, 5, 3)
     one = torch.zeros(1, 5, 4)
-    yield (q, q[:, 1:], v), {}, ValueError, r"k has shape \[2, 4, 4\], expected \[B, T, S\] with B=2, T=5, S=4 \(from q\)"
+    full = r"k has shape \[2, 4, 4\], expected \[B, T, S\] with B=2, T=5, S=4 \(from q\)"
+    yield (q, q[:, 1:], v), {}, ValueError, full
     yield (q, q, v[:1]), {}, ValueError, r"v has shape \[1, 5, 3\]"
     yield (q, q, v, q), {}, ValueError, r"u has shape \[2, 5, 4\]"
     yield (q[0], q, v), {}, ValueError, r"q has shape \[5, 4\], expected \[B, T, S\]"

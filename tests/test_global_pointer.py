@@ -114,7 +114,7 @@ def test_loss_holds_the_scores_of_a_few_heads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5])
 def test_spans_are_those_of_the_scores(threshold, dtype, monkeypatch):
-    """In any chunking. How many matrices a batched product has may change the order of its sums, so to the last digit only."""
+    """In any chunking; to the last digit, as the size of a batched product may change the order of its sums."""
     torch.manual_seed(0)
     digit = 4 * torch.finfo(dtype).eps
     q, k = (torch.randn(3, 17, 5, 8).to(dtype) for _ in "qk")

@@ -219,7 +219,7 @@ def test_second_derivative_exists_or_raises(name):
     tensors, keywords = _arguments(name, 2, 4, torch.float64)
     leaves = [x for x in tensors if x.requires_grad]
     out = _function(name)(*tensors, **keywords)
-    # The square makes the gradient of the output depend on the inputs, which linear operators need for a second derivative.
+    # Squared, so that the first derivative of a linear operator depends on its inputs too.
     total = out.masked_fill(out.isinf(), 0).square().sum()
     first = torch.autograd.grad(total, leaves, create_graph=True)
     if row.any_order:

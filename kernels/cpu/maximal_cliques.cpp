@@ -20,6 +20,7 @@
 #endif
 
 #include "bitset.h"
+#include "maximal_cliques_graph.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -65,8 +66,8 @@ class Array {
     data_ = static_cast<uint64_t*>(moved);
     capacity = n;
 #ifdef __linux__
-    // Large pages spare half the time of writing a large result. All of it must be advised, up to the pages' edges: realloc
-    // cannot remap a range of two kinds.
+    // Large pages spare half the time of writing a large result. All of it must be advised, up to the pages' edges:
+    // realloc cannot remap a range of two kinds.
     if (n >= 1 << 19) {
       constexpr uintptr_t page = 4096;
       const uintptr_t begin = reinterpret_cast<uintptr_t>(data_) & -page,
@@ -122,141 +123,6 @@ namespace supy {
 namespace {
 
 using namespace cliques;
-
-[[noreturn]] void bad_argument(const CliqueParams& p, const std::string& message) {
-  throw std::invalid_argument((p.batched ? "supy.batched_maximal_cliques: " : "supy.maximal_cliques: ") + message);
-}
-
-[[noreturn]] void bad_node(const CliqueParams& p, int64_t g, int64_t e) {
-  const int64_t n = p.node_counts[g];
-  const int end = p.edges[2 * e] >= 0 && p.edges[2 * e] < n;
-  bad_argument(p, "edges[" + std::to_string(e) + ", " + std::to_string(end) + "] is " +
-                      std::to_string(p.edges[2 * e + end]) + ", expected a node number in [0, " + std::to_string(n) +
-                      ")" + (p.batched ? " of graph " + std::to_string(g) : ""));
-}
-
-// The ends of edge e, which belongs to graph g.
-std::pair<int, int> edge(const CliqueParams& p, int64_t g, int64_t e) {
-  const uint64_t a = p.edges[2 * e], b = p.edges[2 * e + 1], n = p.node_counts[g];
-  if (a >= n || b >= n) bad_node(p, g, e);
-  return {static_cast<int>(a), static_cast<int>(b)};
-}
-
-struct Range {
-  const int *first, *last;
-  const int* begin() const { return first; }
-  const int* end() const { return last; }
-  int64_t size() const { return last - first; }
-};
-
-// Adjacency lists without self-loops and duplicates. A list has two halves, each ascending: the neighbours that come
-// later in a degeneracy order, then the earlier ones.
-class Graph {
- public:
-  // Graph g of a batch.
-  Graph(const CliqueParams& p, int64_t g) : num_nodes(p.node_counts[g]), mark(num_nodes), names(num_nodes) {
-    std::iota(names.begin(), names.end(), 0);
-    build([&](auto&& visit) {
-      for (int64_t e = p.edge_offsets[g]; e < p.edge_offsets[g + 1]; ++e) {
-        const auto [a, b] = edge(p, g, e);
-        if (a != b) visit(a, b);
-      }
-    });
-  }
-
-  // What `members`, which become the nodes 0, 1, ..., induce in `graph`.
-  Graph(const Graph& graph, const std::vector<int>& members) : num_nodes(members.size()), mark(num_nodes) {
-    for (int i = 0; i < num_nodes; ++i) graph.mark[members[i]] = i + 1;
-    for (const int u : members) names.push_back(graph.names[u]);
-    build([&](auto&& visit) {
-      for (int i = 0; i < num_nodes; ++i) {
-        for (const int u : graph.later(members[i])) {
-          if (graph.mark[u]) visit(i, static_cast<int>(graph.mark[u]) - 1);
-        }
-      }
-    });
-    for (const int u : members) graph.mark[u] = 0;
-  }
-
-  Range later(int v) const { return {&lists_[starts_[v]], &lists_[middles_[v]]}; }
-  Range earlier(int v) const { return {&lists_[middles_[v]], &lists_[starts_[v + 1]]}; }
-  bool adjacent(int u, int v) const {
-    const Range a = later(u), b = later(v);
-    return std::binary_search(a.begin(), a.end(), v) || std::binary_search(b.begin(), b.end(), u);
-  }
-
-  int num_nodes;
-  mutable std::vector<uint64_t> mark;  // all zero between uses
-  std::vector<int> names;         // the nodes' numbers in the whole graph
-
- private:
-  // each_edge(visit) calls visit(a, b), a != b, for every edge; it is called twice.
-  template <class EachEdge>
-  void build(EachEdge&& each_edge) {
-    starts_.assign(num_nodes + 1, 0);
-    each_edge([&](int a, int b) { ++starts_[a], ++starts_[b]; });
-    std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
-    lists_.resize(starts_.back() + 1);  // one more, so that the address of an empty last list exists
-    each_edge([&](int a, int b) { lists_[--starts_[a]] = b, lists_[--starts_[b]] = a; });
-    remove_duplicates();
-    const std::vector<int> rank = degeneracy_ranks();
-    middles_.resize(num_nodes);
-    for (int v = 0; v < num_nodes; ++v) {
-      const auto is_later = [&](int u) { return rank[u] > rank[v]; };
-      middles_[v] = starts_[v] + std::count_if(&lists_[starts_[v]], &lists_[starts_[v + 1]], is_later);
-    }
-    // Taking the nodes in ascending order appends to every half in ascending order.
-    std::vector<int> halves(lists_.size());
-    std::vector<int64_t> next_later(starts_), next_earlier(middles_);
-    for (int v = 0; v < num_nodes; ++v) {
-      for (int64_t i = starts_[v]; i < starts_[v + 1]; ++i) {
-        const int u = lists_[i];
-        halves[(rank[v] > rank[u] ? next_later : next_earlier)[u]++] = v;
-      }
-    }
-    lists_.swap(halves);
-  }
-
-  void remove_duplicates() {
-    std::vector<int> seen(num_nodes, -1);
-    int64_t kept = 0;
-    for (int v = 0; v < num_nodes; ++v) {
-      const int64_t begin = std::exchange(starts_[v], kept);
-      for (int64_t i = begin; i < starts_[v + 1]; ++i) {
-        const int u = lists_[i];
-        if (std::exchange(seen[u], v) != v) lists_[kept++] = u;
-      }
-    }
-    starts_[num_nodes] = kept;
-  }
-
-  // The order in which the node of lowest remaining degree leaves the graph (Matula and Beck 1983; this array form is
-  // Batagelj and Zaversnik's). `order` is kept sorted by remaining degree; first[d] is where degree d begins.
-  std::vector<int> degeneracy_ranks() const {
-    std::vector<int> degree(num_nodes), rank(num_nodes), order(num_nodes), first(num_nodes + 1);
-    for (int v = 0; v < num_nodes; ++v) ++first[(degree[v] = starts_[v + 1] - starts_[v]) + 1 - (num_nodes == 0)];
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    {
-      std::vector<int> next(first);
-      for (int v = 0; v < num_nodes; ++v) order[rank[v] = next[degree[v]]++] = v;
-    }
-    for (int i = 0; i < num_nodes; ++i) {
-      const int v = order[i];
-      for (int64_t k = starts_[v]; k < starts_[v + 1]; ++k) {
-        const int u = lists_[k];
-        if (degree[u] <= degree[v]) continue;
-        const int to = first[degree[u]]++, other = order[to];  // swap u with the first of its degree, then step past it
-        std::swap(order[rank[u]], order[to]);
-        std::swap(rank[u], rank[other]);
-        --degree[u];
-      }
-    }
-    return rank;
-  }
-
-  std::vector<int64_t> starts_, middles_;
-  std::vector<int> lists_;
-};
 
 // The functions of maximal_cliques.inl for this processor.
 void search_word(const WordCall& call, const uint64_t* rows, const uint64_t* outside, int64_t num_outside, Array& found,
@@ -566,12 +432,13 @@ void enumerate_one(const CliqueParams& p, int threads, Lists& out, std::atomic<b
     });
   }
 
-  const int64_t most = p.limit < 0 ? std::numeric_limits<int64_t>::max() : p.limit;
+  constexpr int64_t kWorthThreads = 1 << 20;
+  const int64_t num_tasks = tasks.size(), most = p.limit < 0 ? std::numeric_limits<int64_t>::max() : p.limit;
   std::vector<Array> found(threads), stacks(threads);
   std::vector<Poll> polls;
   for (int t = 0; t < threads; ++t) polls.emplace_back(t == 0 ? p.interrupted : nullptr, stop);
   try {
-    parallel_for(tasks.size(), threads, [&](int thread, int64_t i) {
+    const auto run = [&](int thread, int64_t i) {
       Task& task = tasks[i];
       Array& masks = found[thread];
       task.thread = thread;
@@ -581,7 +448,12 @@ void enumerate_one(const CliqueParams& p, int threads, Lists& out, std::atomic<b
       sort_descending(begin, end);
       task.count = end - begin;
       task.nodes = count_nodes(begin, end);
-    });
+    };
+    // Waiting for other threads can take longer than a small search, and its size shows only as it goes.
+    int64_t alone = 0;
+    while (alone < num_tasks && found[0].size < kWorthThreads) run(0, alone++);
+    if (alone == num_tasks) threads = 1;
+    parallel_for(num_tasks - alone, threads, [&](int thread, int64_t i) { run(thread, alone + i); });
   } catch (const LimitReached&) {
     limit_exceeded(p, 0);
   }
@@ -596,12 +468,12 @@ void enumerate_one(const CliqueParams& p, int threads, Lists& out, std::atomic<b
   out.offsets.reserve(first_clique.back() + 1);
   out.offsets.size = first_clique.back();
   uint64_t* const offsets = out.offsets.begin();
-  parallel_for(tasks.size(), threads, [&](int, int64_t i) {
+  for (int64_t i = 0; i < num_tasks; ++i) {
     std::copy_n(found[tasks[i].thread].begin() + tasks[i].begin, tasks[i].count, offsets + first_clique[i]);
-  });
+  }
   found.clear();  // before the nodes take memory
   out.nodes.resize(first_node.back());
-  parallel_for(tasks.size(), threads, [&](int, int64_t i) {
+  parallel_for(num_tasks, threads, [&](int, int64_t i) {
     write_masks(offsets + first_clique[i], offsets + first_clique[i + 1], {}, names, out.nodes.begin(), first_node[i]);
   });
 }
@@ -613,13 +485,19 @@ void check(const CliqueParams& p) {
   for (int64_t g = 0; g < p.num_graphs; ++g) {
     const int64_t n = p.node_counts[g], begin = p.edge_offsets[g], end = p.edge_offsets[g + 1];
     if (n < 0 || n > std::numeric_limits<int>::max()) {
-      bad_argument(p, (p.batched ? at("node_counts", g, n) : "num_nodes is " + std::to_string(n) + ", expected ") + "0 to 2147483647");
+      bad_argument(p, (p.batched ? at("node_counts", g, n) : "num_nodes is " + std::to_string(n) + ", expected ") +
+                          "0 to 2147483647");
     }
-    if (begin > end) bad_argument(p, at("edge_offsets", g + 1, end) + "at least edge_offsets[" + std::to_string(g) + "], which is " + std::to_string(begin));
+    if (begin > end) {
+      bad_argument(p, at("edge_offsets", g + 1, end) + "at least edge_offsets[" + std::to_string(g) + "], which is " +
+                          std::to_string(begin));
+    }
   }
   if (p.edge_offsets[0] != 0) bad_argument(p, at("edge_offsets", 0, p.edge_offsets[0]) + "0");
   const int64_t last = p.edge_offsets[p.num_graphs];
-  if (last != p.num_edges) bad_argument(p, at("edge_offsets", p.num_graphs, last) + std::to_string(p.num_edges) + ", the number of edges");
+  if (last != p.num_edges) {
+    bad_argument(p, at("edge_offsets", p.num_graphs, last) + std::to_string(p.num_edges) + ", the number of edges");
+  }
 }
 
 // Appends `from` + shift to `to`, which has the room, giving memory back as it goes.
@@ -644,7 +522,7 @@ CliqueLists maximal_cliques_cpu(const CliqueParams& p) {
   const double nodes = std::accumulate(p.node_counts, p.node_counts + p.num_graphs, 1.0);
   const double work = p.num_edges * std::exp2(std::min(0.75 * p.num_edges / nodes, 30.0));
   const int threads = threads_for(static_cast<int64_t>(work), 1000000);
-  const bool split_one = p.num_graphs == 1 && p.node_counts[0] <= 64 && threads > 1;
+  const bool split_one = p.num_graphs == 1 && p.node_counts[0] > 32 && p.node_counts[0] <= 64;
   const int parts = split_one ? 1 : std::clamp<int64_t>(p.num_graphs, 1, threads);
   std::vector<Lists> lists(parts);
   std::atomic<bool> stop{false};
@@ -653,7 +531,7 @@ CliqueLists maximal_cliques_cpu(const CliqueParams& p) {
   int64_t* const counts = reinterpret_cast<int64_t*>(graph_offsets.begin()) + 1;
   counts[-1] = 0;
   if (split_one) {
-    enumerate_one(p, threads, lists[0], stop);
+    enumerate_one(p, threads_for(INT64_MAX, 1), lists[0], stop);
     counts[0] = lists[0].offsets.size;
   } else {
     parallel_for(parts, parts, [&](int thread, int64_t part) {
@@ -665,7 +543,10 @@ CliqueLists maximal_cliques_cpu(const CliqueParams& p) {
 
   // The arrays of the first part become the result; the others follow.
   std::vector<int64_t> cliques{0}, members{0};
-  for (const Lists& l : lists) cliques.push_back(cliques.back() + l.offsets.size), members.push_back(members.back() + l.nodes.size);
+  for (const Lists& part : lists) {
+    cliques.push_back(cliques.back() + part.offsets.size);
+    members.push_back(members.back() + part.nodes.size);
+  }
   Array &offsets = lists[0].offsets, &all = lists[0].nodes;
   offsets.reserve(cliques.back() + 1);
   all.reserve(members.back());

@@ -14,7 +14,7 @@ from supy._checks import require
 from supy.events.data import Argument, Event
 from supy.events.labels import Offsets
 from supy.events.schema import TRIGGER, EventSchema
-from supy.ops.maximal_cliques import CliqueLimitError, batched_maximal_cliques
+from supy.ops import CliqueLimitError, batched_maximal_cliques
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,22 @@ from supy.ops.global_pointer import (
     global_pointer_scores,
     global_pointer_spans,
 )
+from supy.ops.maximal_cliques import (
+    BatchedCliques,
+    CliqueLimitError,
+    Cliques,
+    batched_maximal_cliques,
+    maximal_cliques,
+)
 from supy.ops.multilabel_cross_entropy import multilabel_cross_entropy
 from supy.ops.rotary import rotary
 from supy.ops.sparse_multilabel_cross_entropy import sparse_multilabel_cross_entropy
 
 __all__ = [
+    "BatchedCliques",
+    "CliqueLimitError",
+    "Cliques",
+    "batched_maximal_cliques",
     "efficient_global_pointer_loss",
     "efficient_global_pointer_scores",
     "efficient_global_pointer_spans",
@@ -23,6 +34,7 @@ __all__ = [
     "global_pointer_loss",
     "global_pointer_scores",
     "global_pointer_spans",
+    "maximal_cliques",
     "multilabel_cross_entropy",
     "rotary",
     "sparse_multilabel_cross_entropy",

@@ -23,7 +23,7 @@ def check_lengths(shapes: Shapes, lengths: torch.Tensor | None, x: torch.Tensor)
 def check_integer(shapes: Shapes, name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in INTEGERS:
         raise TypeError(
-            f"supy.{shapes.op}: {name} has dtype {tensor.dtype}, expected torch.int32 or torch.int64"
+            f"supy.{shapes.op}: {name} has dtype {tensor.dtype}, expected torch.int32 or int64"
         )
 
 

@@ -80,7 +80,7 @@ def _unknown_sizes(edges):
 _MOST_NODES = 2**31 - 1
 
 _maximal_cliques = define(
-    "maximal_cliques(Tensor edges, int num_nodes, int limit) -> (Tensor, Tensor)",
+    "maximal_cliques(Tensor edges, SymInt num_nodes, int limit) -> (Tensor, Tensor)",
     _single_reference,
     fake=lambda edges, num_nodes, limit: _unknown_sizes(edges),
     kernels=_kernels("maximal_cliques"),

@@ -33,7 +33,7 @@ def padding(lengths: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
 
 
 def clear(x: torch.Tensor, padded: torch.Tensor | None, value: float = 0.0) -> torch.Tensor:
-    """``x`` with padded tokens replaced, so that what stands there, NaN too, reaches no product."""
+    """``x`` with padded tokens replaced, so that what stands there, even NaN, goes nowhere."""
     return x if padded is None else x.masked_fill(padded, value)
 
 

@@ -19,7 +19,7 @@ CELLS_AT_ONCE = 1 << 22  # cells that the loss and the decoding hold in memory: 
 
 
 def global_pointer_scores(q, k, lengths, tril, scale):
-    """s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h]; -inf in padding and, with ``tril``, for i > j.
+    """s[b, h, i, j] = scale * q[b, i, h] . k[b, j, h]; -inf in padding, with ``tril`` for i > j.
 
     q, k `[B, T, H, D]`, s `[B, H, T, T]` (post 8373; the scale and the masks are bert4keras').
     """
