@@ -205,15 +205,13 @@ def test_hostile_graph_stops_at_the_limit(num_nodes):
 
 @native
 def test_same_result_for_any_number_of_threads():
-    # Many graphs share the threads; one graph of many cliques is split among them.
     rng = random.Random(5)
     many = [(gnp(n, 0.5, n + i), n) for i in range(40) for n in (2, 5, 12, 40, 70, rng.randrange(90))]
-    dense = torch.tensor(gnp(60, 0.9, 0))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(batched_maximal_cliques(*batch(many)) + maximal_cliques(dense, 60))
+            found.append(batched_maximal_cliques(*batch(many)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -221,6 +219,22 @@ def test_same_result_for_any_number_of_threads():
     cliques, bounds = lists(*found[0][1:3]), found[0][0].tolist()
     for (edges, n), (a, b) in zip(many[:12], itertools.pairwise(bounds)):
         assert cliques[a:b] == by_networkx(edges, n)
+
+
+@native
+def test_one_graph_on_many_threads():
+    # Only after a million cliques are the threads asked to help.
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        offsets, nodes = maximal_cliques(torch.tensor(moon_moser(39)), 39)
+        with pytest.raises(supy.CliqueLimitError):
+            maximal_cliques(torch.tensor(moon_moser(39)), 39, limit=3**13 - 1)
+    finally:
+        torch.set_num_threads(before)
+    digits = (nodes.view(3**13, 13) - torch.arange(0, 39, 3)).to(torch.float64)  # clique c is c in base 3
+    assert torch.equal(digits @ 3.0 ** torch.arange(12, -1, -1.0).double(), torch.arange(3**13).double())
+    assert torch.equal(offsets, torch.arange(0, 13 * 3**13 + 1, 13))
 
 
 def test_views_are_read_like_copies():

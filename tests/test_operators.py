@@ -148,7 +148,8 @@ def _same(got, expected):
 
 
 def test_every_public_operator_has_a_row():
-    assert {name.split()[0] for name in TABLE} == set(supy.ops.__all__)
+    functions = {name for name in supy.ops.__all__ if name[0].islower()}
+    assert {name.split()[0] for name in TABLE} == functions
 
 
 @every_operator
