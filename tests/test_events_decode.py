@@ -266,7 +266,7 @@ def test_limit_costs_one_type_of_one_document(caplog):
     assert decoded[1] == [Event.make("b", [("y", 30, 32)])]
     (warning,) = caplog.records
     assert "1 times" in warning.getMessage() and "document 1, type a" in warning.getMessage()
-    assert len(decode_batch(spans, links, links, SCHEMA, 3)[1]) == 1025
+    assert len(decode_batch(spans, links, links, SCHEMA, 3, limit=None)[1]) == 1025
 
 
 def test_spans_everywhere(caplog):
