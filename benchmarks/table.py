@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import graphs
 import torch
 
 import supy
@@ -95,6 +96,113 @@ def _touch(x, y, *_):
     return _extension.C.touch(x, y)
 
 
+# --- cliques ----------------------------------------------------------------------------------------------------------
+
+
+def _same_cliques(result, expected):
+    return graphs.summary(result) == graphs.summary(expected)
+
+
+def _igraph(edges, nodes):
+    return graphs.igraph_of(edges, nodes).maximal_cliques()
+
+
+def _networkx(edges, nodes):
+    import networkx
+
+    return list(networkx.find_cliques(graphs.networkx_of(edges, nodes)))
+
+
+def _clique_row(case, inputs, peers=("igraph", "networkx")):
+    """The graphs of the peers are built beforehand: only the search and its list of cliques are timed."""
+
+    def prepared():
+        edges, nodes = inputs()
+        made = {"igraph": graphs.igraph_of, "networkx": graphs.networkx_of}
+        return edges, nodes, {name: made[name](edges, nodes) for name in peers}
+
+    search = {
+        "igraph": lambda edges, nodes, made: made["igraph"].maximal_cliques(),
+        "networkx": lambda edges, nodes, made: list(_networkx_cliques(made["networkx"])),
+    }
+    return Row(
+        "maximal_cliques",
+        case,
+        prepared,
+        {
+            "supy": lambda edges, nodes, _: supy.ops.maximal_cliques(edges, nodes),
+            **{name: search[name] for name in peers},
+        },
+        exact=search["igraph"],
+        same=_same_cliques,
+    )
+
+
+def _networkx_cliques(graph):
+    import networkx
+
+    return networkx.find_cliques(graph)
+
+
+# --- the loss of Efficient GlobalPointer ----------------------------------------------------------------------------------
+
+
+def _pointer_inputs(B, T, H, D=64):
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(B, T, D, generator=generator).requires_grad_() for _ in range(2))
+    x, y = (torch.randn(B, T, H, generator=generator).requires_grad_() for _ in range(2))
+    spans = torch.stack([torch.randint(0, n, (8 * B,), generator=generator) for n in (B, H, T, T)], 1)
+    spans[:, 2:] = spans[:, 2:].sort(1).values
+    return q, k, x, y, spans
+
+
+def _with_gradients(loss):
+    def run(q, k, x, y, spans):
+        leaves = [t.detach().requires_grad_() for t in (q, k, x, y)]
+        value = loss(*leaves, spans)
+        return value, *torch.autograd.grad(value, leaves)
+
+    return run
+
+
+def _dense_loss(q, k, x, y, spans):
+    """Scores, mask and multi-label cross-entropy over all cells, as the method is usually written."""
+    T = q.shape[1]
+    s = (q @ k.mT)[:, None] / q.shape[-1] ** 0.5 + x.mT[..., None] + y.mT[:, :, None]
+    hidden = torch.ones(T, T, dtype=torch.bool).tril(-1)
+    target = torch.zeros(s.shape, dtype=torch.bool)
+    target[tuple(spans.unbind(1))] = True
+    low = torch.finfo(s.dtype).min
+    negative = s.masked_fill(hidden | target, low).flatten(2)
+    positive = (-s).masked_fill(~target, low).flatten(2)
+    zero = torch.zeros_like(s[:, :, 0, :1])
+    sums = [torch.cat([part, zero], -1).logsumexp(-1) for part in (negative, positive)]
+    return (sums[0] + sums[1]).sum(1).mean()
+
+
+def _same_gradients(result, expected):
+    return all(
+        (a.double() - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(result, expected, strict=True)
+    )
+
+
+def _pointer_row(B, T, H):
+    return Row(
+        "efficient_global_pointer_loss",
+        f"B={B} T={T} H={H} float32, loss and gradients",
+        lambda: _pointer_inputs(B, T, H),
+        {
+            "supy": _with_gradients(supy.ops.efficient_global_pointer_loss),
+            "dense eager": _with_gradients(_dense_loss),
+            "dense torch.compile": _with_gradients(compiled(_dense_loss)),
+        },
+        exact=_with_gradients(_dense_loss),
+        same=_same_gradients,
+        flops=4 * 2 * B * T * T * H + 3 * 2 * B * T * T * 64,
+        gradients=True,
+    )
+
+
 ROWS = [
     _rotary_row((16, 12, 512, 64), torch.float32, True),
     _rotary_row((16, 12, 512, 64), torch.bfloat16, True),
@@ -112,6 +220,29 @@ ROWS = [
             "torch.add": lambda x, *_: x + x,
         },
     ),
-    # The next operator's rows go here. A peer of its own is one more function in the dict, for instance
-    # {"supy": ..., "igraph": _igraph_cliques}; a result that is not one tensor comes with its own `same`.
+    Row(
+        "batched_maximal_cliques",
+        "10,000 graphs of 2 to 12 nodes, graphs built",
+        graphs.tiny,
+        {
+            "supy": lambda *batch: supy.ops.batched_maximal_cliques(*batch),
+            "igraph": lambda *batch: graphs.each(*batch, _igraph),
+            "networkx": lambda *batch: graphs.each(*batch, _networkx),
+        },
+        exact=lambda *batch: graphs.each(*batch, _networkx),
+        same=_same_cliques,
+    ),
+    _clique_row("G(60, 0.9)", lambda: graphs.dense(60, 0.9), ("igraph",)),
+    _clique_row("Moon-Moser 36", lambda: graphs.moon_moser(36), ("igraph",)),
+    _clique_row("Moon-Moser 42", lambda: graphs.moon_moser(42), ("igraph",)),
+    _clique_row("G(128, 0.6)", lambda: graphs.dense(128, 0.6), ("igraph",)),
+    _clique_row("G(200, 0.3)", lambda: graphs.dense(200, 0.3)),
+    _clique_row("random, 10^4 nodes", lambda: graphs.sparse(10**4, 5 * 10**4)),
+    _clique_row("random, 10^5 nodes", lambda: graphs.sparse(10**5, 5 * 10**5)),
+    _clique_row("attached, 10^4 nodes", lambda: graphs.attached(10**4, 8)),
+    _clique_row("attached, 10^5 nodes", lambda: graphs.attached(10**5, 8)),
+    _clique_row("geometric, 2 * 10^4 nodes", lambda: graphs.geometric(20_000, 392_000), ("igraph",)),
+    _pointer_row(16, 128, 65),
+    _pointer_row(16, 128, 217),
+    # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]
