@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"supy: error: {problem}", file=sys.stderr)
         return 2
     except (InputError, ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"supy: error: {error}", file=sys.stderr)
+        print("supy: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
 
 

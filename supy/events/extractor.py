@@ -237,9 +237,14 @@ def _pretrained(
         raise ImportError(
             f"supy.events: encoder {name!r} needs Hugging Face transformers: pip install supy[hf]"
         ) from None
-    tokenizer = PretrainedTokenizer(AutoTokenizer.from_pretrained(saved or name, use_fast=True))
-    if saved:  # the weights are in the model's own file
-        model = AutoModel.from_config(AutoConfig.from_pretrained(saved))
-    else:
-        model = AutoModel.from_pretrained(name)
-    return PretrainedEncoder(model), tokenizer
+    source = saved or name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
+        if saved:  # the weights are in the model's own file
+            model = AutoModel.from_config(AutoConfig.from_pretrained(saved))
+        else:
+            model = AutoModel.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"supy.events: cannot load the encoder {str(source)!r}: {reason}") from error
+    return PretrainedEncoder(model), PretrainedTokenizer(tokenizer)
