@@ -62,7 +62,7 @@ def test_it_learns_sixteen_sentences_by_heart():
         epochs=60, batch_size=4, learning_rate=4e-3, swap=0.0, evaluate_every=20, average=0.9, bf16=False
     )
     config = EncoderConfig(
-        width=64, layers=2, value_size=64, key_size=32, dropout=0.0, character_dropout=0.0
+        width=64, layers=2, value_size=64, key_size=32, dropout=0.0, outer_dropout=0.0, character_dropout=0.0
     )
     extractor = EventExtractor(encoder=config)
     extractor.fit(documents, documents, options=options, progress=False)

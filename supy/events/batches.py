@@ -78,10 +78,20 @@ def _at_most(tokens: Tokens, size: int) -> Tokens:
 def bucketed(
     windows: Sequence[Window], batch_size: int, random: Random | None = None
 ) -> list[list[Window]]:
-    """Batches of windows of like length, so that little is padded; shuffled with ``random``."""
+    """Batches of windows of like length, so that little is padded; shuffled with ``random``.
+
+    A batch has at most ``batch_size`` windows and 256 tokens for each of them: fewer windows where they are long.
+    """
     jitter = random.random if random else lambda: 0.0
     order = sorted(windows, key=lambda window: len(window.tokens.ids) + 16 * jitter())
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches: list[list[Window]] = []
+    for window in order:
+        size = len(batches[-1]) + 1 if batches else 0
+        fits = 0 < size <= batch_size and size * len(window.tokens.ids) <= 256 * batch_size
+        if fits:
+            batches[-1].append(window)
+        else:
+            batches.append([window])
     if random:
         random.shuffle(batches)
     return batches

@@ -39,14 +39,14 @@ class TrainingOptions:
     multiplies in it. seed: of everything random.
     """
 
-    epochs: int = 40
+    epochs: int = 24
     batch_size: int = 16
     learning_rate: float = 3e-3
     warmup: float = 0.1
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     clip: float = 1.0
     average: float = 0.998
-    swap: float = 0.6
+    swap: float = 0.7
     evaluate_every: int = 4
     patience: int = 5
     bf16: bool | None = None
@@ -81,7 +81,7 @@ def train(
     bf16 = options.use_bf16(device)
     average = AveragedModel(model, multi_avg_fn=_warm_average(options.average)).eval()
     optimizer = torch.optim.AdamW(
-        _groups(model, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98)
+        _groups(model, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98), fused=True
     )
     best = _copy(average)
     first, best_score, since_best = 0, -1.0, 0
