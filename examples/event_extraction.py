@@ -47,7 +47,7 @@ def main() -> None:
     for gold, found in [pair for pair in zip(test, predicted) if 2 <= len(pair[1].events) <= 3][:5]:
         show(found, gold)
     print(f"{len(test)} sentences that it has not seen, {seconds:.1f} s:\n\n{evaluate(test, predicted)}\n")
-    compare_decoders(test, extractor.schema)
+    compare_decoders(test, extractor.model.schema)
 
 
 def load() -> tuple[list[Document], list[Document], int]:

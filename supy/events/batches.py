@@ -13,16 +13,16 @@ import torch
 from supy.events.data import Document, Event
 from supy.events.decode import decode_batch
 from supy.events.labels import merge_windows, split_document, split_windows
-from supy.events.metrics import Scores, evaluate
+from supy.events.metrics import evaluate
 from supy.events.model import EventModel
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer, Tokens
 
 Tokenizer = CharTokenizer | PretrainedTokenizer
 
-SPAN_THRESHOLDS = (-0.5, 0.0, 0.5, 1.0)
-LINK_THRESHOLDS = (-6.0, -4.0, -2.0, 0.0)
-"""What :meth:`Predictor.tune` tries. A missing link splits an event, so links do best well below 0."""
-
+THRESHOLDS = (0.4, -4.0)
+"""Of spans and of links, while training. A missing link splits an event, so links do best well below 0."""
+SPAN_THRESHOLDS, LINK_THRESHOLDS = (0.0, 0.4, 0.8), (-6.0, -4.0, -2.0)
+"""What :meth:`Predictor.tune` tries."""
 MOST_EVENTS = 200
 """Of one type in one window. Annotated sentences have 23 at most; a model in its first epochs may find any number."""
 
@@ -118,28 +118,24 @@ class Predictor:
     bf16: bool
 
     def __call__(
-        self, documents: Sequence[Document], thresholds: tuple[float, float]
+        self,
+        documents: Sequence[Document],
+        thresholds: tuple[float, float] = THRESHOLDS,
+        undecoded: list[tuple[int, str]] | None = None,
     ) -> list[list[Event]]:
-        """The events of each document."""
-        found = _Found(len(documents))
-        for batch, rows in self._batches(documents, thresholds):
-            found.add(batch, self._decode(batch, rows, thresholds))
-        return found.events()
+        """The events of each document. undecoded: collects (document, event type) with too many to decode."""
+        batches = self._batches(documents, thresholds)
+        return self._events(len(documents), batches, thresholds, undecoded)
 
-    def tune(self, documents: Sequence[Document]) -> tuple[Scores, tuple[float, float]]:
-        """The best scores (event F1 + argument F1) that a choice of the two thresholds gives, and that choice."""
-        lowest = min(SPAN_THRESHOLDS), min(LINK_THRESHOLDS)
-        batches = list(self._batches(documents, lowest))
-        best = None
-        for thresholds in product(SPAN_THRESHOLDS, LINK_THRESHOLDS):
-            found = _Found(len(documents))
-            for batch, rows in batches:
-                found.add(batch, self._decode(batch, rows, thresholds))
-            scores = evaluate(documents, found.events())
-            total = scores.event.f1 + scores.argument.f1
-            if best is None or total > best[0]:
-                best = total, scores, thresholds
-        return best[1:]
+    def tune(self, documents: Sequence[Document]) -> tuple[float, float]:
+        """The thresholds with the best event F1 + argument F1."""
+        batches = list(self._batches(documents, (min(SPAN_THRESHOLDS), min(LINK_THRESHOLDS))))
+
+        def total(thresholds):
+            scores = evaluate(documents, self._events(len(documents), batches, thresholds))
+            return scores.event.f1 + scores.argument.f1
+
+        return max(product(SPAN_THRESHOLDS, LINK_THRESHOLDS), key=total)
 
     @torch.inference_mode()
     def _batches(self, documents, thresholds):
@@ -151,30 +147,25 @@ class Predictor:
                 hidden = self.model(ids, lengths)
             yield batch, self.model.predict(hidden, lengths, thresholds)
 
-    def _decode(self, batch, rows, thresholds) -> list[list[Event]]:
+    def _events(self, count, batches, thresholds, undecoded=None) -> list[list[Event]]:
         span, link = thresholds
-        return decode_batch(
-            *(table[scores > t] for (table, scores), t in zip(rows, (span, link, link))),
-            self.model.schema,
-            len(batch),
-            typed=self.model.typed,
-            offsets=[window.tokens.offsets for window in batch],
-            limit=MOST_EVENTS,
-        )
-
-
-class _Found:
-    """Events of windows, put together to events of documents."""
-
-    def __init__(self, count: int):
-        self.parts: list[list[tuple[tuple[int, int], list[Event]]]] = [[] for _ in range(count)]
-
-    def add(self, batch: Sequence[Window], decoded: Sequence[list[Event]]) -> None:
-        for window, events in zip(batch, decoded, strict=True):
-            self.parts[window.number].append((window.characters, events))
-
-    def events(self) -> list[list[Event]]:
+        found: list[list[tuple[tuple[int, int], list[Event]]]] = [[] for _ in range(count)]
+        for batch, rows in batches:
+            failed: list[tuple[int, str]] = []
+            decoded = decode_batch(
+                *(table[scores > t] for (table, scores), t in zip(rows, (span, link, link))),
+                self.model.schema,
+                len(batch),
+                typed=self.model.typed,
+                offsets=[window.tokens.offsets for window in batch],
+                limit=MOST_EVENTS,
+                undecoded=failed,
+            )
+            if undecoded is not None:
+                undecoded += [(batch[place].number, type) for place, type in failed]
+            for window, events in zip(batch, decoded, strict=True):
+                found[window.number].append((window.characters, events))
         return [
             merge_windows([events for _, events in parts], [part for part, _ in parts])
-            for parts in self.parts
+            for parts in found
         ]

@@ -83,6 +83,7 @@ def decode_batch(
     require_trigger: bool = False,
     drop_subsets: bool = False,
     limit: int | None = 1_000,
+    undecoded: list[tuple[int, str]] | None = None,
 ) -> list[list[Event]]:
     """The events of each document of a batch: the inverse of `encode` (kexue.fm/archives/8926).
 
@@ -101,6 +102,7 @@ def decode_batch(
     event of its type.
     limit: a graph of more cliques, or of more than 256 nodes, gives no events, and the log gets one
     warning a call; the document's other types and the other documents are not affected.
+    undecoded: collects these (document, event type) instead of the warning.
 
     Events have character offsets, end exclusive, and come sorted, with sorted arguments.
     """
@@ -124,7 +126,9 @@ def decode_batch(
             events[documents[clique[0]]].append(event)
     if offsets is not None:  # tokens that share a character give the same argument twice
         events = [sorted({Event.make(*event) for event in found}) for found in events]
-    if skipped:
+    if undecoded is not None:
+        undecoded += [(int(document), schema.types[type_id]) for document, type_id in skipped]
+    elif skipped:
         log.warning(
             "%d times a document has more than %d arguments or %s events of one type, and none of "
             "that type is decoded; first: document %d, type %s",

@@ -13,10 +13,11 @@ from random import Random
 
 import torch
 
-from supy.events.batches import Predictor, make_windows
+from supy.events.batches import THRESHOLDS, Predictor, make_windows
 from supy.events.checkpoint import Checkpoint, ModelError, load_model, save_model
 from supy.events.data import Document
 from supy.events.labels import encode
+from supy.events.metrics import evaluate
 from supy.events.model import EncoderConfig, EventModel, GAUEncoder, PretrainedEncoder
 from supy.events.schema import EventSchema
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer
@@ -65,7 +66,7 @@ class EventExtractor:
         self.typed = typed
         self.window, self.overlap = window, overlap
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.thresholds = (0.0, 0.0)
+        self.thresholds = THRESHOLDS
         self.bf16 = False
         self.model: EventModel | None = None
         self.tokenizer: CharTokenizer | PretrainedTokenizer | None = None
@@ -106,7 +107,7 @@ class EventExtractor:
         self.model = train(
             self.model,
             documents,
-            lambda model: self._predictor(model).tune(dev)[0],
+            lambda model: evaluate(dev, self._predictor(model)(dev)),
             self.tokenizer,
             options,
             size=self.window,
@@ -114,7 +115,7 @@ class EventExtractor:
             checkpoint=checkpoint,
             progress=progress,
         )
-        self.thresholds = self._predictor(self.model).tune(dev)[1]
+        self.thresholds = self._predictor(self.model).tune(dev)
         if folder is not None:
             self.save(folder)
             checkpoint.remove()
@@ -129,7 +130,11 @@ class EventExtractor:
         predict = self._predictor(self._require_model())
         texts = iter(texts)
         while chunk := [Document(text) for text in islice(texts, ahead)]:
-            for document, events in zip(chunk, predict(chunk, self.thresholds), strict=True):
+            undecoded: list[tuple[int, str]] = []
+            found = predict(chunk, self.thresholds, undecoded)
+            for number, kind in undecoded:
+                log.warning("too many arguments of %s to decode in: %.40s", kind, chunk[number].text)
+            for document, events in zip(chunk, found, strict=True):
                 yield Document(document.text, events)
 
     def save(self, folder: Path | str) -> None:

@@ -151,19 +151,15 @@ class EventModel(nn.Module):
     ) -> torch.Tensor:
         """The sum of the three heads' losses, each a mean over the batch of a sum over its heads.
 
-        Links are only ever asked for between spans, so they are only trained there: between tokens that begin (end) one.
+        Links are only ever asked for between spans, so that is where they are trained: between tokens that begin (end) one.
         """
         spans, head_links, tail_links = (rows.to(hidden.device) for rows in labels[:3])
-        document, _, first, last = spans.unbind(1)
-        loss = self.spans.loss(hidden, spans, lengths=lengths)
-        for pointer, rows, tokens in (
-            (self.head_links, head_links, first),
-            (self.tail_links, tail_links, last),
-        ):
-            among = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-            among[document, tokens] = True
-            loss = loss + pointer.loss(hidden, rows, lengths=lengths, among=among)
-        return loss
+        first, last = _ends(spans, hidden)
+        return (
+            self.spans.loss(hidden, spans, lengths=lengths)
+            + self.head_links.loss(hidden, head_links, lengths=lengths, among=first)
+            + self.tail_links.loss(hidden, tail_links, lengths=lengths, among=last)
+        )
 
     @torch.no_grad()
     def predict(
@@ -171,11 +167,19 @@ class EventModel(nn.Module):
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
         """(rows, scores) of the spans, head links and tail links above the thresholds (of spans, of links)."""
         span, link = thresholds
-        return tuple(
-            pointer.spans(hidden, threshold=threshold, lengths=lengths)
-            for pointer, threshold in (
-                (self.spans, span),
-                (self.head_links, link),
-                (self.tail_links, link),
-            )
+        spans = self.spans.spans(hidden, threshold=span, lengths=lengths)
+        first, last = _ends(spans[0], hidden)
+        return (
+            spans,
+            self.head_links.spans(hidden, threshold=link, lengths=lengths, among=first),
+            self.tail_links.spans(hidden, threshold=link, lengths=lengths, among=last),
         )
+
+
+def _ends(spans: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool `[B, T]` each: the tokens that begin a span, and those that end one."""
+    document, _, first, last = spans.unbind(1)
+    marks = torch.zeros(2, *hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    marks[0, document, first] = True
+    marks[1, document, last] = True
+    return marks[0], marks[1]

@@ -52,9 +52,7 @@ class EfficientGlobalPointer(nn.Module):
 
     def scores(self, hidden: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """All scores, `[B, heads, T, T]`; see :func:`supy.ops.efficient_global_pointer_scores`."""
-        return ops.efficient_global_pointer_scores(
-            *self(hidden), lengths=lengths, tril=self.tril
-        )
+        return ops.efficient_global_pointer_scores(*self(hidden), lengths=lengths, tril=self.tril)
 
     def loss(
         self,
@@ -69,13 +67,8 @@ class EfficientGlobalPointer(nn.Module):
 
         among: bool `[B, T]`; only cells whose start and end are both marked count.
         """
-        q, k, start_bias, end_bias = self(hidden)
-        if among is not None:
-            start_bias, end_bias = (
-                bias.masked_fill(~among[..., None], -torch.inf) for bias in (start_bias, end_bias)
-            )
         return ops.efficient_global_pointer_loss(
-            q, k, start_bias, end_bias, spans, lengths=lengths, tril=self.tril
+            *self._among(hidden, among), spans, lengths=lengths, tril=self.tril
         )
 
     def spans(
@@ -84,8 +77,16 @@ class EfficientGlobalPointer(nn.Module):
         *,
         threshold: float = 0.0,
         lengths: torch.Tensor | None = None,
+        among: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The spans that score above the threshold; see :func:`supy.ops.efficient_global_pointer_spans`."""
+        """The spans that score above the threshold, `among` as in `loss`; see
+        :func:`supy.ops.efficient_global_pointer_spans`."""
         return ops.efficient_global_pointer_spans(
-            *self(hidden), threshold=threshold, lengths=lengths, tril=self.tril
+            *self._among(hidden, among), threshold=threshold, lengths=lengths, tril=self.tril
         )
+
+    def _among(self, hidden: torch.Tensor, among: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        q, k, *biases = self(hidden)
+        if among is not None:
+            biases = (bias.masked_fill(~among[..., None], -torch.inf) for bias in biases)
+        return q, k, *biases
