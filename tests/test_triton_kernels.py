@@ -63,9 +63,9 @@ def test_every_kernel_is_in_the_table():
 
 def test_kernels_in_the_interpreter():
     # The interpreter is chosen when a kernel is imported, hence the process of its own.
-    tests = Path(__file__).with_name("triton_interpreter.py")
+    tests = sorted(Path(__file__).parent.glob("interpret_*.py"))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Triton kernels in the interpreter, against the float64 reference; run by test_triton_kernels.py.
+"""Rotary in Triton's interpreter, against the float64 reference; run by test_triton_kernels.py.
 
 Small shapes, in float32 and float16 only: the interpreter takes milliseconds a program, and its bfloat16 `tl.dot` is
 wrong.
