@@ -1,12 +1,6 @@
 // Vectors of float32 as wide as the instruction set allows, by the compiler's vector types. Included at the top of a
 // kernel file, so that there is one copy for each instruction set (multitarget.h).
-#if defined(__AVX512F__)
-static constexpr int LANES = 16;
-#elif defined(__AVX2__)
-static constexpr int LANES = 8;
-#else
-static constexpr int LANES = 4;
-#endif
+static constexpr int LANES = SUPY_LANES;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));  // also what a comparison gives: -1 where true
 
@@ -18,7 +12,7 @@ static inline vec loadv(const float* p) {
   return v;
 }
 static inline void storev(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
-static inline vec splat(float x) { return vec{} + x; }
+static inline vec splat(float x) { return x - vec{}; }  // minus: adding 0 would have to turn -0 into 0
 
 // Where one is NaN: b.
 static inline vec maxv(vec a, vec b) { return a > b ? a : b; }
@@ -37,9 +31,9 @@ static inline float max_of(vec v) {
 
 // One bit a lane.
 static inline uint32_t bits_of(ivec mask) {
-#if defined(__AVX512F__)
+#if SUPY_LANES == 16
   return static_cast<uint16_t>(__builtin_ia32_cvtd2mask512(mask));
-#elif defined(__AVX2__)
+#elif SUPY_LANES == 8
   return __builtin_ia32_movmskps256((vec)mask);
 #else
   uint32_t bits = 0;
