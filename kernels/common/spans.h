@@ -9,6 +9,8 @@
 #include <new>
 #include <vector>
 
+#include "parallel.h"
+
 namespace supy {
 
 enum class FloatType { f32, bf16 };
@@ -85,9 +87,12 @@ inline void append(void* list, const FoundSpan* spans, int64_t count) {
 }
 
 // One list of spans from `parts` lists a sample.
-inline SpanList join(const std::vector<std::vector<FoundSpan>>& lists, int64_t parts = 1) {
+inline SpanList join(const std::vector<std::vector<FoundSpan>>& lists, int64_t parts, int threads) {
+  const int64_t count = static_cast<int64_t>(lists.size());
+  std::vector<int64_t> first(count + 1);
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + static_cast<int64_t>(lists[i].size());
   SpanList list{};
-  for (const auto& part : lists) list.count += static_cast<int64_t>(part.size());
+  list.count = first[count];
   list.spans = static_cast<Span*>(std::malloc(sizeof(Span) * std::max<int64_t>(list.count, 1)));
   list.scores = static_cast<float*>(std::malloc(sizeof(float) * std::max<int64_t>(list.count, 1)));
   if (list.spans == nullptr || list.scores == nullptr) {
@@ -95,12 +100,13 @@ inline SpanList join(const std::vector<std::vector<FoundSpan>>& lists, int64_t p
     std::free(list.scores);
     throw std::bad_alloc();
   }
-  int64_t n = 0;
-  for (size_t i = 0; i < lists.size(); ++i)
+  parallel_for(count, list.count < 1 << 14 ? 1 : threads, [&](int, int64_t i) {
+    int64_t n = first[i];
     for (const FoundSpan& found : lists[i]) {
-      list.spans[n] = {static_cast<int64_t>(i) / parts, found.head, found.start, found.end};
+      list.spans[n] = {i / parts, found.head, found.start, found.end};
       list.scores[n++] = found.score;
     }
+  });
   return list;
 }
 

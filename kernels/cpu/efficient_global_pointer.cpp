@@ -1,7 +1,6 @@
 #include "efficient_global_pointer.h"
 
 #include "efficient_global_pointer_work.h"
-#include "parallel.h"
 #include "simd.h"
 
 #define SUPY_KERNEL "efficient_global_pointer.inl"
@@ -141,7 +140,7 @@ SpanList efficient_global_pointer_spans_cpu(const EfficientGlobalPointerParams& 
     const auto begin = found.begin() + b * tasks_a_sample;
     samples[b] = by_head(begin, begin + tasks_a_sample, p.heads);
   });
-  return join(samples);
+  return join(samples, 1, threads);
 }
 
 }  // namespace supy

@@ -1,19 +1,32 @@
 // One head of one sample: its loss, scores and spans. See supy/reference/global_pointer.py for the formula.
 #include "score_tiles.inl"
 
-static void pointer_begin(const GlobalPointerParams& p, PointerWork& w, int64_t b, int64_t h) {
+// Reads some heads of a sample. A token's heads lie side by side and tokens far apart, so the more heads are read at once,
+// the fewer pages are visited.
+static void pointer_begin(const GlobalPointerParams& p, PointerWork& w, int64_t b, int64_t first, int64_t count) {
   const int64_t D = w.size;
   w.rows = p.lengths[b];
   const int64_t padded = round_up(w.rows, TILE);
-  for (int64_t t = 0; t < w.rows; ++t) {
-    read_token(p.q, p.type, b, t, h, p.size, D, p.scale, w.q + t * D);
-    read_token(p.k, p.type, b, t, h, p.size, D, 1, w.k + t * D);
-  }
-  fill(w.q + w.rows * D, (padded - w.rows) * D, 0);
-  fill(w.k + w.rows * D, (padded - w.rows) * D, 0);
+  for (int64_t t = 0; t < padded; ++t)
+    for (int64_t g = 0; g < count; ++g) {
+      float *q = w.group_q + (g * w.columns + t) * D, *k = w.group_k + (g * w.columns + t) * D;
+      if (t < w.rows) {
+        read_token(p.q, p.type, b, t, first + g, p.size, D, p.scale, q);
+        read_token(p.k, p.type, b, t, first + g, p.size, D, 1, k);
+      } else {
+        fill(q, D, 0);
+        fill(k, D, 0);
+      }
+    }
   fill(w.closed, w.rows, 0);
   fill(w.closed + w.rows, padded - w.rows, -INF);
-  for (int64_t t = 0; t < w.rows; t += TILE) turn_tile(w.k + t * D, D, w.k_turned + t * D);
+}
+
+static void pointer_select(PointerWork& w, int64_t g) {
+  const int64_t head = w.columns * w.size;
+  w.q = w.group_q + g * head, w.k = w.group_k + g * head;
+  w.dq = w.group_dq + g * head, w.dk = w.group_dk + g * head;
+  for (int64_t t = 0; t < w.rows; t += TILE) turn_tile(w.k + t * w.size, w.size, w.k_turned + t * w.size);
 }
 
 // The scores of a tile of cells: [TILE][step].
@@ -28,28 +41,32 @@ static void multiply(float* x, int64_t count, float factor) {
   for (int64_t i = 0; i < count; ++i) x[i] *= factor;
 }
 
-// Rows of the sample to their place in a gradient [B, T, H, D], and zeros beyond them.
-static void pointer_write(const GlobalPointerParams& p, const PointerWork& w, int64_t b, int64_t h, const float* rows,
-                          float* out) {
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    float* to = out + ((b * p.tokens + t) * p.heads + h) * p.size;
-    if (t < w.rows)
-      for (int64_t d = 0; d < p.size; ++d) to[d] = rows[t * w.size + d];
-    else
-      fill(to, p.size, 0);
-  }
+// The group's gradients to their place in [B, T, H, D], and zeros beyond the sample.
+static void pointer_write(const GlobalPointerParams& p, const PointerWork& w, const GlobalPointerLoss& loss, int64_t b,
+                          int64_t first, int64_t count) {
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t from = (g * w.columns + t) * w.size, to = ((b * p.tokens + t) * p.heads + first + g) * p.size;
+      if (t < w.rows) {
+        for (int64_t d = 0; d < p.size; ++d) loss.dq[to + d] = p.scale * w.group_dq[from + d];
+        for (int64_t d = 0; d < p.size; ++d) loss.dk[to + d] = w.group_dk[from + d];
+      } else {
+        fill(loss.dq + to, p.size, 0);
+        fill(loss.dk + to, p.size, 0);
+      }
+    }
 }
 
 // One pass over the cells: e^(s - top) is summed and multiplied into dq and dk at once, as the derivative of the loss by s
 // is that times one number a head. The scores are shifted by `top`, which follows their maximum so that none exceeds it by
 // more than `slack`; few tiles make it move, and then all that was summed is scaled.
-static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, const GlobalPointerLoss& loss, const Span* spans,
-                           int64_t count, float* at, int64_t b, int64_t h) {
+static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, bool gradients, const Span* spans, int64_t count,
+                           float* at) {
   constexpr float slack = 16;
   const int64_t D = w.size, padded_rows = round_up(w.rows, TILE);
   float top = -INF, *tile = w.strip;
   double total = 0;
-  if (loss.gradients) {
+  if (gradients) {
     fill(w.dq, padded_rows * D, 0);
     fill(w.dk, padded_rows * D, 0);
   }
@@ -78,7 +95,7 @@ static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, const G
         const float factor = top == -INF ? 0 : __builtin_expf(top - now);
         top = now;
         total *= static_cast<double>(factor);
-        if (loss.gradients && factor > 0) {
+        if (gradients && factor > 0) {
           multiply(w.dq, (i0 + TILE) * D, factor);
           multiply(w.dk, padded_rows * D, factor);
         }
@@ -92,7 +109,7 @@ static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, const G
           sum += e;
         }
       total += static_cast<double>(sum_of(sum));
-      if (!loss.gradients) continue;
+      if (!gradients) continue;
       gemm(rows, D, columns, {tile, TILE, 1}, w.k + j0 * D, D, w.dq + i0 * D, D, true,
            diagonal ? Part::upper_left : Part::all);
       gemm(columns, D, rows, {tile, 1, TILE}, w.q + i0 * D, D, w.dk + j0 * D, D, true,
@@ -110,7 +127,7 @@ static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, const G
   for (int64_t n = 0; n < count; ++n)
     if (at[n] != -INF) rest += __builtin_expf(-at[n] - below);
   const float positive = log_one_plus(below, rest);
-  if (loss.gradients) {
+  if (gradients) {
     const float share = 1.0f / static_cast<float>(p.batch);
     const float weight = share * __builtin_expf(finite_or_zero(top) - negative);
     multiply(w.dq, w.rows * D, weight);
@@ -124,9 +141,6 @@ static double pointer_loss(const GlobalPointerParams& p, PointerWork& w, const G
         w.dk[column + d] += ds * w.q[row + d];
       }
     }
-    multiply(w.dq, w.rows * D, p.scale);
-    pointer_write(p, w, b, h, w.dq, loss.dq);
-    pointer_write(p, w, b, h, w.dk, loss.dk);
   }
   return static_cast<double>(negative) + static_cast<double>(positive);
 }
@@ -166,4 +180,6 @@ static void pointer_search(const GlobalPointerParams& p, const PointerWork& w, i
   }
 }
 
-static PointerKernels pointer_kernels() { return {pointer_begin, pointer_loss, pointer_scores, pointer_search}; }
+static PointerKernels pointer_kernels() {
+  return {pointer_begin, pointer_select, pointer_loss, pointer_write, pointer_scores, pointer_search};
+}
