@@ -86,13 +86,18 @@ inline void append(void* list, const FoundSpan* spans, int64_t count) {
   to->insert(to->end(), spans, spans + count);
 }
 
-// One list of spans from `parts` lists a sample.
-inline SpanList join(const std::vector<std::vector<FoundSpan>>& lists, int64_t parts, int threads) {
-  const int64_t count = static_cast<int64_t>(lists.size());
-  std::vector<int64_t> first(count + 1);
-  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + static_cast<int64_t>(lists[i].size());
+// One list of spans by (batch, head, start, end) from several lists a sample, which in turn are by (start, end) for each
+// head. Lists are emptied on the way.
+inline SpanList join(std::vector<std::vector<FoundSpan>>& lists, const SpanScores& p, int threads) {
+  const int64_t parts = p.batch == 0 ? 0 : static_cast<int64_t>(lists.size()) / p.batch;
+  std::vector<int64_t> place(p.batch * p.heads + 1);  // of each head's next span
+  parallel_for(p.batch, threads, [&](int, int64_t b) {
+    for (int64_t i = b * parts; i < (b + 1) * parts; ++i)
+      for (const FoundSpan& found : lists[i]) ++place[b * p.heads + found.head + 1];
+  });
+  for (int64_t h = 0; h < p.batch * p.heads; ++h) place[h + 1] += place[h];
   SpanList list{};
-  list.count = first[count];
+  list.count = place[p.batch * p.heads];
   list.spans = static_cast<Span*>(std::malloc(sizeof(Span) * std::max<int64_t>(list.count, 1)));
   list.scores = static_cast<float*>(std::malloc(sizeof(float) * std::max<int64_t>(list.count, 1)));
   if (list.spans == nullptr || list.scores == nullptr) {
@@ -100,11 +105,14 @@ inline SpanList join(const std::vector<std::vector<FoundSpan>>& lists, int64_t p
     std::free(list.scores);
     throw std::bad_alloc();
   }
-  parallel_for(count, list.count < 1 << 14 ? 1 : threads, [&](int, int64_t i) {
-    int64_t n = first[i];
-    for (const FoundSpan& found : lists[i]) {
-      list.spans[n] = {i / parts, found.head, found.start, found.end};
-      list.scores[n++] = found.score;
+  parallel_for(p.batch, list.count < 1 << 14 ? 1 : threads, [&](int, int64_t b) {
+    for (int64_t i = b * parts; i < (b + 1) * parts; ++i) {
+      for (const FoundSpan& found : lists[i]) {
+        const int64_t n = place[b * p.heads + found.head]++;
+        list.spans[n] = {b, found.head, found.start, found.end};
+        list.scores[n] = found.score;
+      }
+      std::vector<FoundSpan>().swap(lists[i]);
     }
   });
   return list;

@@ -27,22 +27,6 @@ Work make(const EfficientGlobalPointerParams& p, const Scratch& memory) {
   return Work(p, memory.get(), floats);
 }
 
-// The spans of a sample by (head, start, end); the lists together are by (start, end, head).
-template <class Iterator>
-std::vector<FoundSpan> by_head(Iterator begin, Iterator end, int64_t heads) {
-  std::vector<int64_t> place(heads + 1);
-  for (auto list = begin; list != end; ++list)
-    for (const FoundSpan& span : *list) ++place[span.head + 1];
-  for (int64_t h = 0; h < heads; ++h) place[h + 1] += place[h];
-  std::vector<FoundSpan> sorted(place[heads]);
-  for (auto list = begin; list != end; ++list) {
-    for (const FoundSpan& span : *list) sorted[place[span.head]++] = span;
-    list->clear();
-    list->shrink_to_fit();
-  }
-  return sorted;
-}
-
 // The cells of a sample's positive spans, in terms of its rows; one on a token without a row has a score of -inf and is no
 // term of the loss.
 std::vector<PositiveCell> cells_of(const EfficientWork& w, const Span* spans, int64_t first, int64_t last) {
@@ -135,12 +119,7 @@ SpanList efficient_global_pointer_spans_cpu(const EfficientGlobalPointerParams& 
     for (int64_t i = first; i < last && i * tile < w.rows; ++i)
       kernels.search(p, w, i * tile, threshold, append, &found[task], buffers[thread].data());
   });
-  std::vector<std::vector<FoundSpan>> samples(p.batch);
-  parallel_for(p.batch, threads, [&](int, int64_t b) {
-    const auto begin = found.begin() + b * tasks_a_sample;
-    samples[b] = by_head(begin, begin + tasks_a_sample, p.heads);
-  });
-  return join(samples, 1, threads);
+  return join(found, p, threads);
 }
 
 }  // namespace supy

@@ -72,7 +72,7 @@ SpanList global_pointer_spans_cpu(const GlobalPointerParams& p, float threshold)
       kernels.search(p, w, h, i0, threshold, append, &found[b * p.heads + h], buffer);
   };
   each_head(p, one_head, nothing);
-  return join(found, p.heads, threads_of(p));
+  return join(found, p, threads_of(p));
 }
 
 }  // namespace supy
