@@ -28,11 +28,38 @@ def _rotary(dtype, **constants):
     return pointers | dict.fromkeys(sizes, INTEGER), constants
 
 
+def _full(kernel, dtype, **constants):
+    """Types of the arguments of a kernel of GlobalPointer, float ones named here, sizes and strides int32."""
+    x, y = ("own", "other") if kernel == "gradient" else "qk"
+    strides = (f"{tensor}{axis}" for tensor in (x, y) for axis in range(4))
+    cells = {"tiles": "*i32", "cells": "*i32"}
+    results = {
+        "scores": {"out": dtype},
+        "rows": cells | {"peak": "*fp32", "total": "*fp32"},
+        "gradient": cells | {"log_negative": "*fp32", "out": "*fp32", "parts": INTEGER},
+        "spans": {"counts": "*i32", "offsets": "*i64", "spans": "*i64", "scores": dtype}
+        | {"write": INTEGER, "threshold": "fp32"},
+    }
+    types = {x: dtype, y: dtype, "lengths": "*i32", "scale": "fp32"} | results[kernel]
+    return types | dict.fromkeys(("T", "H", "blocks", *strides), INTEGER), {"BLOCK": 64, "DEPTH": 64} | constants
+
+
 # A row: module of supy.kernels, kernel, then what makes (type of each argument that is no constant, constants).
 KERNELS = [
     ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
     ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
     ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, BLOCK=64)),
+    *(
+        ("global_pointer", f"global_pointer_{kernel}_kernel", _full(kernel, dtype, D=D, TRIL=tril, **constants))
+        for dtype, D, tril in (("*fp32", 64, True), ("*bf16", 64, False), ("*fp16", 150, True))
+        for kernel, constants in (
+            ("scores", {}),
+            ("rows", {}),
+            ("gradient", {"COLUMNS": False, "PART": 64}),
+            ("gradient", {"COLUMNS": True, "PART": 128}),
+            ("spans", {}),
+        )
+    ),
 ]
 
 
