@@ -14,7 +14,8 @@ from supy.reference._masks import add_rows, check_lengths, check_spans, grouped_
 _PRECISE: tl.constexpr = tl.constexpr("tf32x3")
 
 BLOCK = 64  # starts and ends of a tile
-DEPTH = 64  # features of q and k at a time
+# Without fusion a score is rounded as in the reference, product by product.
+LAUNCH = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -220,9 +221,9 @@ def lengths_of(lengths, q):
     return torch.full((B,), T, dtype=torch.int32, device=q.device) if lengths is None else lengths.int().contiguous()
 
 
-def depth_of(D, limit=DEPTH):
-    """How many of D features a product takes at a time."""
-    return min(limit, max(16, triton.next_power_of_2(D)))
+def features_at_once(D, dtype):
+    """How many of D features a product takes at a time; more in float32 do not fit into the registers."""
+    return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(D)))
 
 
 def tiles_of(group, start, end, groups, tokens, block):
@@ -238,9 +239,10 @@ def tiles_of(group, start, end, groups, tokens, block):
 
 
 def offsets_of(counts):
-    """Where each row begins `[N]`, and how many there are in all."""
-    ends = counts.cumsum(0, dtype=torch.int64)
-    return ends - counts, int(ends[-1])
+    """Where each row begins and, last, how many there are in all, `[N + 1]`; and that number."""
+    offsets = counts.new_zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return offsets, int(offsets[-1])
 
 
 def global_pointer_scores(q, k, lengths, tril, scale, block=BLOCK):
@@ -251,7 +253,7 @@ def global_pointer_scores(q, k, lengths, tril, scale, block=BLOCK):
         blocks = triton.cdiv(T, block)
         global_pointer_scores_kernel[(B * H * blocks * blocks,)](
             q, k, lengths_of(lengths, q), out, T, H, blocks, scale, *q.stride(), *k.stride(),
-            TRIL=tril, BLOCK=block, D=D, DEPTH=depth_of(D),
+            TRIL=tril, BLOCK=block, D=D, DEPTH=features_at_once(D, q.dtype), **LAUNCH,
         )  # fmt: skip
     return out
 
@@ -273,7 +275,7 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients, block=BLOC
     batch, head = group // H, group % H
     tiles, cells = tiles_of(group, start, end, B * H, T, block)
     blocks = triton.cdiv(T, block)
-    constants = {"TRIL": tril, "BLOCK": block, "D": D, "DEPTH": depth_of(D)}
+    constants = {"TRIL": tril, "BLOCK": block, "D": D, "DEPTH": features_at_once(D, q.dtype)} | LAUNCH
 
     peak, total = (q.new_empty(B * H, T, dtype=torch.float32) for _ in range(2))
     global_pointer_rows_kernel[(B * H * blocks,)](
@@ -291,7 +293,7 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients, block=BLOC
     if not gradients or D == 0:
         return loss, dq, dk
 
-    part = depth_of(D, 128)
+    part = features_at_once(D, torch.float16)
     parts = triton.cdiv(D, part)
     for columns, own, other, out in ((False, q, k, dq), (True, k, q, dk)):
         global_pointer_gradient_kernel[(B * H * blocks * parts,)](
@@ -317,7 +319,8 @@ def global_pointer_spans(q, k, lengths, tril, scale, threshold, block=BLOCK):
     def run(offsets, write):
         global_pointer_spans_kernel[(B * H * blocks,)](
             q, k, lengths_of(lengths, q), counts, offsets, spans, scores, write, threshold, T, H, blocks, scale,
-            *q.stride(), *k.stride(), TRIL=tril, BLOCK=block, D=D, DEPTH=depth_of(D),
+            *q.stride(), *k.stride(),
+            TRIL=tril, BLOCK=block, D=D, DEPTH=features_at_once(D, q.dtype), **LAUNCH,
         )  # fmt: skip
 
     run(spans, 0)
