@@ -28,20 +28,39 @@ def _rotary(dtype, **constants):
     return pointers | dict.fromkeys(sizes, INTEGER), constants
 
 
-def _full(kernel, dtype, **constants):
-    """Types of the arguments of a kernel of GlobalPointer, float ones named here, sizes and strides int32."""
-    x, y = ("own", "other") if kernel == "gradient" else "qk"
-    strides = (f"{tensor}{axis}" for tensor in (x, y) for axis in range(4))
-    cells = {"tiles": "*i32", "cells": "*i32"}
-    results = {
-        "scores": {"out": dtype},
-        "rows": cells | {"peak": "*fp32", "total": "*fp32"},
-        "gradient": cells | {"log_negative": "*fp32", "out": "*fp32", "parts": INTEGER},
-        "spans": {"counts": "*i32", "offsets": "*i64", "spans": "*i64", "scores": dtype}
-        | {"write": INTEGER, "threshold": "fp32"},
-    }
-    types = {x: dtype, y: dtype, "lengths": "*i32", "scale": "fp32"} | results[kernel]
-    return types | dict.fromkeys(("T", "H", "blocks", *strides), INTEGER), {"BLOCK": 64, "DEPTH": 64} | constants
+# Arguments of the kernels of both GlobalPointers; what is not here is a size or a stride.
+_POINTER_TYPES = (
+    dict.fromkeys(("lengths", "tiles", "cells", "counts", "ends"), "*i32")
+    | dict.fromkeys(("offsets", "candidates", "spans"), "*i64")
+    | dict.fromkeys("ex ey x y top_x top_y peak total sums log_negative own_weights other_weights".split(), "*fp32")
+    | dict.fromkeys(("products", "out"), "*fp32")
+    | dict.fromkeys(("scale", "threshold"), "fp32")
+)
+
+
+def _pointer(module, kernel, dtype, tensors, **constants):
+    """A row; ``tensors`` names the arguments that have the dtype of q."""
+    name = f"{module}_{kernel}_kernel"
+    arguments = getattr(importlib.import_module(f"supy.kernels.{module}"), name).arg_names
+    types = {x: dtype if x in tensors.split() else _POINTER_TYPES.get(x, INTEGER) for x in arguments}
+    return module, name, ({x: t for x, t in types.items() if x not in constants}, constants)
+
+
+def _pointers():
+    for dtype, D, tril, depth in (("*fp32", 64, True, 16), ("*bf16", 64, False, 64), ("*fp16", 150, True, 64)):
+        tile = {"TRIL": tril, "BLOCK": 64, "D": D, "DEPTH": depth}
+        full, efficient = "global_pointer", "efficient_global_pointer"
+        yield _pointer(full, "scores", dtype, "q k out", **tile)
+        yield _pointer(full, "rows", dtype, "q k", **tile)
+        yield _pointer(full, "spans", dtype, "q k scores", **tile)
+        yield _pointer(efficient, "scores", dtype, "q k x y out", PART=16, **tile)
+        yield _pointer(efficient, "rows", dtype, "q k", HEADS=64, **tile)
+        yield _pointer(efficient, "columns", dtype, "q k", HEADS=64, **tile)
+        yield _pointer(efficient, "candidates", dtype, "q k like", **tile)
+        yield _pointer(efficient, "spans", dtype, "scores", HEADS=64)
+        for columns in (False, True):
+            yield _pointer(full, "gradient", dtype, "own other", COLUMNS=columns, PART=64, **tile)
+            yield _pointer(efficient, "gradient", dtype, "own other", COLUMNS=columns, PART=64, HEADS=32, **tile)
 
 
 # A row: module of supy.kernels, kernel, then what makes (type of each argument that is no constant, constants).
@@ -49,17 +68,7 @@ KERNELS = [
     ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
     ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
     ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, BLOCK=64)),
-    *(
-        ("global_pointer", f"global_pointer_{kernel}_kernel", _full(kernel, dtype, D=D, TRIL=tril, **constants))
-        for dtype, D, tril in (("*fp32", 64, True), ("*bf16", 64, False), ("*fp16", 150, True))
-        for kernel, constants in (
-            ("scores", {}),
-            ("rows", {}),
-            ("gradient", {"COLUMNS": False, "PART": 64}),
-            ("gradient", {"COLUMNS": True, "PART": 128}),
-            ("spans", {}),
-        )
-    ),
+    *_pointers(),
 ]
 
 

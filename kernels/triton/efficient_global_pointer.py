@@ -378,7 +378,7 @@ def efficient_global_pointer_loss(
         if D:
             efficient_global_pointer_gradient_kernel[(B * blocks * parts,)](
                 own, other, *weights, peak, top_y, *known, out, *sizes, *own.stride(), *other.stride(),
-                COLUMNS=columns, PART=part, **constants,
+                COLUMNS=columns, PART=part, **constants | {"HEADS": min(heads, 32)},
             )  # fmt: skip
     for b, some, s, q_b, k_b in _faint(*faint):
         s = s.sub_(log_neg[b, some, None, None]).exp_()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from supy._checks import Shapes, require
-from supy._library import Gradient, define
+from supy._library import Gradient, Kernel, define
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -52,12 +53,14 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def define_loss(name: str, tensors: tuple[str, ...], others: str, reference, fake) -> Callable:
+def define_loss(
+    name: str, tensors: tuple[str, ...], others: str, reference, fake, *, kernels: tuple[Kernel, ...] = ()
+) -> Callable:
     """Registers a loss operator that returns (loss, *gradients for ``tensors``), and its backward.
 
     The forward pass knows all that the gradients need, so it computes them at once where its last
-    argument, ``gradients``, says so; the backward operator scales them. It takes the tensors too,
-    so that a second derivative finds it, and raises.
+    argument, ``gradients``, says so; the backward operator scales them, on every backend that the
+    loss has. It takes the tensors too, so that a second derivative finds it, and raises.
     """
     count = len(tensors)
 
@@ -81,12 +84,14 @@ def define_loss(name: str, tensors: tuple[str, ...], others: str, reference, fak
         f"{name}_backward(Tensor grad, {saved}, {arguments}) -> ({', '.join(['Tensor'] * count)})",
         scale,
         fake=fake_scale,
+        kernels=tuple(replace(kernel, run=scale) for kernel in kernels),
     )
     return define(
         f"{name}({arguments}, {others}, bool gradients) -> ({', '.join(['Tensor'] * (count + 1))})",
         reference,
         fake=fake,
         gradient=Gradient(save, backward),
+        kernels=kernels,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from supy._checks import Shapes
-from supy._library import Gradient, define
+from supy._library import Gradient, Kernel, define
 from supy.ops._arguments import (
     check_lengths,
     check_like,
@@ -20,6 +20,16 @@ from supy.reference._masks import clear, padding, visible_cells, wide
 
 _TENSORS = "Tensor q, Tensor k, Tensor start_bias, Tensor end_bias"
 _MASKS = "Tensor? lengths, bool tril, float scale"
+
+
+def _triton(name):
+    def run(q, *args):
+        from supy.kernels import efficient_global_pointer as kernels
+
+        with torch.cuda.device_of(q):
+            return getattr(kernels, name)(q, *args)
+
+    return Kernel("CUDA", "triton", run, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _save_scores(ctx, inputs, output):
@@ -52,6 +62,7 @@ _scores = define(
         q.shape[0], start_bias.shape[2], q.shape[1], q.shape[1]
     ),
     gradient=Gradient(_save_scores, _scores_backward),
+    kernels=(_triton("efficient_global_pointer_scores"),),
 )
 _loss = define_loss(
     "efficient_global_pointer_loss",
@@ -59,11 +70,13 @@ _loss = define_loss(
     f"Tensor spans, {_MASKS}",
     reference.efficient_global_pointer_loss,
     _fake_loss,
+    kernels=(_triton("efficient_global_pointer_loss"),),
 )
 _spans = define(
     f"efficient_global_pointer_spans({_TENSORS}, {_MASKS}, float threshold) -> (Tensor, Tensor)",
     reference.efficient_global_pointer_spans,
     fake=fake_spans,
+    kernels=(_triton("efficient_global_pointer_spans"),),
 )
 
 
