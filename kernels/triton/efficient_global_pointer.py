@@ -179,7 +179,7 @@ def efficient_global_pointer_gradient_kernel(
     own += sample * own0
     other += sample * other0
     t = block * BLOCK + tl.arange(0, BLOCK)
-    d = part * PART + tl.arange(0, PART)
+    d = part * PART + tl.arange(0, PART).to(tl.int64)
     gradient = tl.zeros([BLOCK, PART], tl.float32)
     first, last = _others(block, n, BLOCK, TRIL, COLUMNS)
     for other_block in range(first, last):

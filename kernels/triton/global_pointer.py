@@ -8,8 +8,8 @@ import triton.language as tl
 
 from supy.reference._masks import add_rows, check_lengths, check_spans, grouped_logsumexp, log_one_plus
 
-# Products of two float32 matrices whose result is a sum or a gradient. A factor that was rounded to bfloat16 would be
-# off by 2^-9, and in float16 most probabilities of a long text vanish; three products in tf32 are off by 2^-20.
+# How exponentials are multiplied, for sums and gradients: as three products in tf32, which are off by 1e-7, no more than
+# float32's own sums; one of bfloat16 would be off by 1e-3, and float16 has no room for the exponentials of a long text.
 # Scores stay "ieee": they are compared with a threshold, and their exponentials magnify what they are off by.
 _PRECISE: tl.constexpr = tl.constexpr("tf32x3")
 
@@ -28,7 +28,7 @@ def _products(
     x += rows.to(tl.int64)[:, None] * x_t
     y += columns.to(tl.int64)[None, :] * y_t
     for first in tl.static_range(0, D, DEPTH):
-        d = first + tl.arange(0, DEPTH)
+        d = first + tl.arange(0, DEPTH).to(tl.int64)
         a = tl.load(x + d[None, :] * x_d, mask=(rows < n)[:, None] & (d < D)[None, :], other=0.0)
         b = tl.load(y + d[:, None] * y_d, mask=(columns < n)[None, :] & (d < D)[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
@@ -151,7 +151,7 @@ def global_pointer_gradient_kernel(
     own += sample * own0 + head * own2
     other += sample * other0 + head * other2
     t = block * BLOCK + tl.arange(0, BLOCK)
-    d = part * PART + tl.arange(0, PART)
+    d = part * PART + tl.arange(0, PART).to(tl.int64)
     gradient = tl.zeros([BLOCK, PART], tl.float32)
     first, last = _others(block, n, BLOCK, TRIL, COLUMNS)
     for other_block in range(first, last):
