@@ -160,11 +160,14 @@ def test_spans(case, dtype):
 
 
 def test_a_score_at_the_threshold_is_not_above_it():
-    q, bias = torch.ones(1, 2, 1, dtype=torch.float16), torch.zeros(1, 2, 1, dtype=torch.float16)
-    for threshold, count in ((1.0, 0), (0.999, 3)):
-        assert len(kernels.efficient_global_pointer_spans(q, q, bias, bias, None, True, 1.0, threshold)[0]) == count
-    # 1.0003 rounds to 1 in float16, and the rounded score is compared.
-    assert len(kernels.efficient_global_pointer_spans(q, q, bias, bias, None, True, 1.0003, 1.0001)[0]) == 0
+    q, bias = torch.ones(1, 2, 1, dtype=torch.float16), torch.zeros(1, 2, 2, dtype=torch.float16)
+    higher = torch.tensor([0.0, 1.0], dtype=torch.float16).expand(1, 2, 2)
+    # 1.0003 rounds to 1 in float16, and the rounded score is compared: of each head, and of the best of them.
+    for scale, threshold, count in ((1.0, 1.0, 0), (1.0, 0.999, 3), (1.0003, 1.0001, 0)):
+        for start_bias, more in ((bias, count), (higher, 3)):
+            arguments = q, q, start_bias, bias, None, True, scale, threshold
+            rows, _ = kernels.efficient_global_pointer_spans(*arguments, block=BLOCK)
+            assert (rows[:, 1] == 0).sum() == count and (rows[:, 1] == 1).sum() == more
 
 
 def test_nan_gives_nan_and_one_head_of_nan_hides_no_other():

@@ -10,7 +10,7 @@ from supy.kernels.global_pointer import (
     _PRECISE,
     BLOCK,
     LAUNCH,
-    _negative,
+    _negatives,
     _others,
     _products,
     _visible,
@@ -88,10 +88,9 @@ def efficient_global_pointer_rows_kernel(
     for column in range(first, last):
         j = column * BLOCK + tl.arange(0, BLOCK)
         a = _products(q, k, i, j, n, q1, q2, k1, k2, BLOCK, D, DEPTH) * scale
-        ruled_out = tl.load(top_y + sample * T + j, mask=j < n, other=0.0) == float("-inf")
-        visible = _visible(i[:, None], j[None, :], n, TRIL) & (ruled_out == 0)[None, :]
-        visible = _negative(visible, i[:, None], j[None, :], tiles, cells, (sample * blocks + row) * blocks + column)
-        a = tl.where(visible, a, float("-inf"))
+        a = _negatives(a, i[:, None], j[None, :], n, tiles, cells, (sample * blocks + row) * blocks + column, TRIL)
+        best_end = tl.load(top_y + sample * T + j, mask=j < n, other=0.0)
+        a = tl.where(best_end[None, :] == float("-inf"), float("-inf"), a)
         new = tl.maximum(top, tl.max(a, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
         at = ey + (sample * T + j)[:, None] * H + h[None, :]
@@ -120,13 +119,13 @@ def _exponentials(
         start, end = t, u
         tile = (sample * blocks + block) * blocks + other_block
     shift = tl.load(peak + sample * T + start, mask=start < n, other=0.0)
-    kept = tl.load(top_y + sample * T + end, mask=end < n, other=0.0) != float("-inf")
+    best_end = tl.load(top_y + sample * T + end, mask=end < n, other=0.0)
     if COLUMNS:
-        start, end, shift, kept = start[None, :], end[:, None], shift[None, :], kept[:, None]
+        start, end, shift, best_end = start[None, :], end[:, None], shift[None, :], best_end[:, None]
     else:
-        start, end, shift, kept = start[:, None], end[None, :], shift[:, None], kept[None, :]
-    visible = _negative(_visible(start, end, n, TRIL) & kept, start, end, tiles, cells, tile)
-    return tl.exp(tl.where(visible, a - shift, float("-inf")))
+        start, end, shift, best_end = start[:, None], end[None, :], shift[:, None], best_end[None, :]
+    a = _negatives(a - shift, start, end, n, tiles, cells, tile, TRIL)
+    return tl.exp(tl.where(best_end == float("-inf"), float("-inf"), a))
 
 
 @triton.jit

@@ -44,14 +44,16 @@ def _visible(start, end, n, TRIL: tl.constexpr):
 
 
 @triton.jit
-def _negative(visible, start, end, tiles, cells, tile):
-    """Those of the visible cells of a tile that are not positive: see `tiles_of`."""
+def _negatives(s, start, end, n, tiles, cells, tile, TRIL: tl.constexpr):
+    """The scores of a tile with -inf on hidden and on positive cells: see `tiles_of`."""
+    s = tl.where(_visible(start, end, n, TRIL), s, float("-inf"))
     cell = tl.load(tiles + tile)
     last = tl.load(tiles + tile + 1)
     if cell < last:  # a loop directly inside the loop over tiles would keep that from being pipelined
         for c in range(cell, last):
-            visible &= (start != tl.load(cells + 2 * c)) | (end != tl.load(cells + 2 * c + 1))
-    return visible
+            positive = (start == tl.load(cells + 2 * c)) & (end == tl.load(cells + 2 * c + 1))
+            s = tl.where(positive, float("-inf"), s)
+    return s
 
 
 @triton.jit
@@ -118,9 +120,7 @@ def global_pointer_rows_kernel(
     for column in range(first, last):
         j = column * BLOCK + tl.arange(0, BLOCK)
         s = _products(q, k, i, j, n, q1, q3, k1, k3, BLOCK, D, DEPTH) * scale
-        visible = _visible(i[:, None], j[None, :], n, TRIL)
-        visible = _negative(visible, i[:, None], j[None, :], tiles, cells, (group * blocks + row) * blocks + column)
-        s = tl.where(visible, s, float("-inf"))
+        s = _negatives(s, i[:, None], j[None, :], n, tiles, cells, (group * blocks + row) * blocks + column, TRIL)
         new = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
         sums = sums * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
@@ -163,8 +163,7 @@ def global_pointer_gradient_kernel(
         else:
             start, end = t[:, None], u[None, :]
             tile = (group * blocks + block) * blocks + other_block
-        visible = _negative(_visible(start, end, n, TRIL), start, end, tiles, cells, tile)
-        ds = tl.exp(tl.where(visible, s, float("-inf")) - shift)
+        ds = tl.exp(_negatives(s, start, end, n, tiles, cells, tile, TRIL) - shift)
         at = other + u.to(tl.int64)[:, None] * other1 + d[None, :] * other3
         features = tl.load(at, mask=(u < n)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         gradient = tl.dot(ds, features, gradient, input_precision=_PRECISE)
