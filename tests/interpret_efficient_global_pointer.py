@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from _compare import assert_close_to_reference
-from _spans import REGIMES, Regime, dense_loss, dense_spans, mask, rows_of
+from _spans import REGIMES, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
 from supy.kernels import efficient_global_pointer as kernels
 
 BLOCK = 16
@@ -177,3 +177,16 @@ def test_nan_gives_nan_and_one_head_of_nan_hides_no_other():
     assert all(x.isnan().any() for x in got)
     rows, _ = kernels.efficient_global_pointer_spans(*tensors, None, True, 0.5, 0.0, block=BLOCK)
     assert (rows[:, 1] == 1).all() and len(rows) == 10
+
+
+def test_only_the_scores_hold_every_score():
+    """Not even one head's, `[B, T, T]`."""
+    B, T, H, D = 1, 96, 6, 4
+    tensors = [torch.randn(B, T, n) for n in (D, D, H, H)]
+    with LargestTensor() as seen:
+        kernels.efficient_global_pointer_loss(
+            *tensors, torch.tensor([[0, 5, 2, 95]]), None, True, 0.5, True, block=32
+        )
+        kernels.efficient_global_pointer_spans(*tensors, None, True, 0.5, 6.0, block=32)
+    # The interpreter copies tensors byte by byte, offsets `[B * T * H + 1]` among them.
+    assert seen.elements <= 8 * (B * T * H + 1) < B * T * T

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from _compare import assert_close_to_reference
-from _spans import REGIMES, Regime, dense_loss, dense_spans, mask, rows_of
+from _spans import REGIMES, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
 from supy.kernels import global_pointer as kernels
 
 BLOCK = 16
@@ -111,3 +111,13 @@ def test_nan_gives_nan():
     loss, dq, dk = kernels.global_pointer_loss(q, q, torch.zeros(0, 4).long(), None, True, 0.5, True, block=BLOCK)
     assert loss.isnan() and dq.isnan().any() and dk.isnan().any()
     assert kernels.global_pointer_scores(q, q, None, True, 0.5, block=BLOCK)[0, 0, 3, 4].isnan()
+
+
+def test_only_the_scores_hold_every_score():
+    B, T, H, D = 1, 96, 6, 4
+    q, k = (torch.randn(B, T, H, D) for _ in "qk")
+    with LargestTensor() as seen:
+        kernels.global_pointer_loss(q, k, torch.tensor([[0, 5, 2, 95]]), None, True, 0.5, True, block=32)
+        kernels.global_pointer_spans(q, k, None, True, 0.5, 5.0, block=32)
+    # The interpreter copies tensors byte by byte.
+    assert seen.elements <= 4 * B * T * H * D < B * H * T * T / 5

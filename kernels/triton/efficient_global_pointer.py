@@ -14,6 +14,7 @@ from supy.kernels.global_pointer import (
     _others,
     _products,
     _visible,
+    at_once,
     features_at_once,
     lengths_of,
     offsets_of,
@@ -72,7 +73,7 @@ def efficient_global_pointer_rows_kernel(
     q0, q1, q2, k0, k1, k2,
     TRIL: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """peak[i] = max of a_ij and sums[i, h] = sum of e^(a_ij - peak[i]) ey[j, h], over the j of negative cells (i, j)."""
+    """peak[i] = max of a_ij and sums[i, h] = sum of e^(a_ij - peak[i]) ey[j, h] over the j of negative cells (i, j)."""
     pid = tl.program_id(0)
     part = pid % parts
     row = pid // parts % blocks
@@ -280,10 +281,6 @@ def efficient_global_pointer_spans_kernel(
         tl.store(counts + row, found, mask=h < H)
 
 
-def heads_at_once(H):
-    return min(HEADS, max(16, triton.next_power_of_2(H)))
-
-
 def efficient_global_pointer_scores(q, k, start_bias, end_bias, lengths, tril, scale, block=BLOCK):
     check_lengths("efficient_global_pointer_scores", lengths, q.shape[1])
     B, T, H = start_bias.shape
@@ -324,7 +321,7 @@ def efficient_global_pointer_loss(
     positive[cell_of_span, head] = True  # a repeated span sets the same bit again
     batch, start, end = key // (T * T), key // T % T, key % T
     tiles, cells = tiles_of(batch, start, end, B, T, block)
-    blocks, heads = triton.cdiv(T, block), heads_at_once(H)
+    blocks, heads = triton.cdiv(T, block), at_once(H, HEADS)
     parts = triton.cdiv(H, heads)
     constants = {"TRIL": tril, "BLOCK": block, "D": D, "DEPTH": features_at_once(D, q.dtype), "HEADS": heads} | LAUNCH
     sizes = T, H, blocks, parts, scale
@@ -370,7 +367,7 @@ def efficient_global_pointer_loss(
     )
     dy.mul_(ey)
     dq, dk = (x.new_empty(B, T, D) for _ in "qk")
-    part = features_at_once(D, torch.float16)
+    part = at_once(D)
     parts = triton.cdiv(D, part)
     sizes = T, H, blocks, parts, scale
     for columns, own, other, weights, out in ((False, q, k, (ex, ey), dq), (True, k, q, (ey, ex), dk)):
@@ -425,7 +422,7 @@ def efficient_global_pointer_spans(
     x, y = (z.float().contiguous() for z in (start_bias, end_bias))
     top_x, top_y = x.amax(2), y.amax(2)
     lengths = lengths_of(lengths, q)
-    blocks, heads = triton.cdiv(T, block), heads_at_once(H)
+    blocks, heads = triton.cdiv(T, block), at_once(H, HEADS)
     parts = triton.cdiv(H, heads)
     ends, products = q.new_empty(0, dtype=torch.int32), x.new_empty(0)
 

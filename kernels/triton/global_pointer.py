@@ -8,14 +8,22 @@ import triton.language as tl
 
 from supy.reference._masks import add_rows, check_lengths, check_spans, grouped_logsumexp, log_one_plus
 
-# How exponentials are multiplied, for sums and gradients: as three products in tf32, which are off by 1e-7, no more than
-# float32's own sums; one of bfloat16 would be off by 1e-3, and float16 has no room for the exponentials of a long text.
+# How exponentials are multiplied, for sums and gradients: as three products in tf32, which are off by 1e-7, no more
+# than float32's own sums. One in bfloat16 is off by 1e-3, and float16 has no room for the exponentials of a long text.
 # Scores stay "ieee": they are compared with a threshold, and their exponentials magnify what they are off by.
 _PRECISE: tl.constexpr = tl.constexpr("tf32x3")
 
 BLOCK = 64  # starts and ends of a tile
 # Without fusion a score is rounded as in the reference, product by product.
 LAUNCH = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _add_products(total, x, y, x_d, y_d, rows_inside, columns_inside, first, D: tl.constexpr, DEPTH: tl.constexpr):
+    d = first + tl.arange(0, DEPTH).to(tl.int64)
+    a = tl.load(x + d[None, :] * x_d, mask=rows_inside[:, None] & (d < D)[None, :], other=0.0)
+    b = tl.load(y + d[:, None] * y_d, mask=columns_inside[None, :] & (d < D)[:, None], other=0.0)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -27,11 +35,13 @@ def _products(
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     x += rows.to(tl.int64)[:, None] * x_t
     y += columns.to(tl.int64)[None, :] * y_t
-    for first in tl.static_range(0, D, DEPTH):
-        d = first + tl.arange(0, DEPTH).to(tl.int64)
-        a = tl.load(x + d[None, :] * x_d, mask=(rows < n)[:, None] & (d < D)[None, :], other=0.0)
-        b = tl.load(y + d[:, None] * y_d, mask=(columns < n)[None, :] & (d < D)[:, None], other=0.0)
-        total = tl.dot(a, b, total, input_precision="ieee")
+    # The innermost loop is pipelined: over tiles where that fits into shared memory, else over features.
+    if D <= 64:
+        for first in tl.static_range(0, D, DEPTH):
+            total = _add_products(total, x, y, x_d, y_d, rows < n, columns < n, first, D, DEPTH)
+    else:
+        for first in range(0, D, DEPTH):
+            total = _add_products(total, x, y, x_d, y_d, rows < n, columns < n, first, D, DEPTH)
     return total
 
 
@@ -220,9 +230,14 @@ def lengths_of(lengths, q):
     return torch.full((B,), T, dtype=torch.int32, device=q.device) if lengths is None else lengths.int().contiguous()
 
 
+def at_once(size, limit=64):
+    """How many a program takes at a time: a power of two, from 16, the least of a product, to the limit."""
+    return min(limit, max(16, triton.next_power_of_2(size)))
+
+
 def features_at_once(D, dtype):
-    """How many of D features a product takes at a time; more in float32 do not fit into the registers."""
-    return 16 if dtype == torch.float32 else min(64, max(16, triton.next_power_of_2(D)))
+    """The same for the features of a score; more of float32 do not fit into the registers."""
+    return at_once(D, 16 if dtype == torch.float32 else 64)
 
 
 def tiles_of(group, start, end, groups, tokens, block):
@@ -292,7 +307,7 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients, block=BLOC
     if not gradients or D == 0:
         return loss, dq, dk
 
-    part = features_at_once(D, torch.float16)
+    part = at_once(D)
     parts = triton.cdiv(D, part)
     for columns, own, other, out in ((False, q, k, dq), (True, k, q, dk)):
         global_pointer_gradient_kernel[(B * H * blocks * parts,)](
