@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import graphs
+import pointers
 import torch
 
 import supy
@@ -144,62 +145,59 @@ def _networkx_cliques(graph):
     return networkx.find_cliques(graph)
 
 
-# --- the loss of Efficient GlobalPointer ----------------------------------------------------------------------------------
+# --- GlobalPointer ----------------------------------------------------------------------------------------------------
 
 
-def _pointer_inputs(B, T, H, D=64):
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(B, T, D, generator=generator).requires_grad_() for _ in range(2))
-    x, y = (torch.randn(B, T, H, generator=generator).requires_grad_() for _ in range(2))
-    spans = torch.stack([torch.randint(0, n, (8 * B,), generator=generator) for n in (B, H, T, T)], 1)
-    spans[:, 2:] = spans[:, 2:].sort(1).values
-    return q, k, x, y, spans
-
-
-def _with_gradients(loss):
-    def run(q, k, x, y, spans):
-        leaves = [t.detach().requires_grad_() for t in (q, k, x, y)]
-        value = loss(*leaves, spans)
-        return value, *torch.autograd.grad(value, leaves)
-
-    return run
-
-
-def _dense_loss(q, k, x, y, spans):
-    """Scores, mask and multi-label cross-entropy over all cells, as the method is usually written."""
-    T = q.shape[1]
-    s = (q @ k.mT)[:, None] / q.shape[-1] ** 0.5 + x.mT[..., None] + y.mT[:, :, None]
-    hidden = torch.ones(T, T, dtype=torch.bool).tril(-1)
-    target = torch.zeros(s.shape, dtype=torch.bool)
-    target[tuple(spans.unbind(1))] = True
-    low = torch.finfo(s.dtype).min
-    negative = s.masked_fill(hidden | target, low).flatten(2)
-    positive = (-s).masked_fill(~target, low).flatten(2)
-    zero = torch.zeros_like(s[:, :, 0, :1])
-    sums = [torch.cat([part, zero], -1).logsumexp(-1) for part in (negative, positive)]
-    return (sums[0] + sums[1]).sum(1).mean()
-
-
-def _same_gradients(result, expected):
-    return all(
-        (a.double() - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(result, expected, strict=True)
+def _loss_row(form, B, T, H, dense=True):
+    """The operations are those of the visible half of the products; without `dense` no peer's tensors fit in memory."""
+    efficient = form == "efficient"
+    scores = pointers.efficient_scores if efficient else pointers.full_scores
+    theirs = pointers.bert4torch_efficient if efficient else pointers.bert4torch_full
+    name = "efficient_global_pointer_loss" if efficient else "global_pointer_loss"
+    ours = pointers.with_gradients(getattr(supy.ops, name))
+    plain = "factorised, plain PyTorch" if efficient else "head by head, plain PyTorch"
+    eager = pointers.with_gradients(pointers.dense(scores))
+    implementations = {"supy": ours, plain: pointers.on_reference(ours)}
+    if dense:
+        implementations |= {
+            "dense eager": eager,
+            "dense torch.compile": pointers.with_gradients(compiled(pointers.dense(scores))),
+            "bert4torch sparse": pointers.with_gradients(pointers.bert4torch_sparse(theirs)),
+        }
+    products = (3 * H + 3 * pointers.SIZE) if efficient else 3 * H * pointers.SIZE
+    return Row(
+        name,
+        f"B={B} T={T} H={H} float32, loss and gradients",
+        lambda: (pointers.efficient_inputs if efficient else pointers.full_inputs)(B, T, H),
+        implementations,
+        exact=eager if dense else None,
+        same=pointers.same_gradients,
+        flops=2 * B * T * (T + 1) // 2 * products,
+        gradients=True,
     )
 
 
-def _pointer_row(B, T, H):
+def _spans_row(form, B, T, H, trained=True):
+    efficient = form == "efficient"
+    scores = pointers.efficient_scores if efficient else pointers.full_scores
+    theirs = pointers.bert4torch_efficient if efficient else pointers.bert4torch_full
+    operator = supy.ops.efficient_global_pointer_spans if efficient else supy.ops.global_pointer_spans
+    made = pointers.trained_efficient if efficient else pointers.trained_full
+    untrained = pointers.efficient_inputs if efficient else pointers.full_inputs
+    by_nonzero = pointers.by_nonzero(pointers.visible(scores))
     return Row(
-        "efficient_global_pointer_loss",
-        f"B={B} T={T} H={H} float32, loss and gradients",
-        lambda: _pointer_inputs(B, T, H),
+        "efficient_global_pointer_spans" if efficient else "global_pointer_spans",
+        f"B={B} T={T} H={H} float32, {'26 spans a sample' if trained else 'half of all cells'}",
+        lambda: made(B, T, H) if trained else untrained(B, T, H)[:-1],
         {
-            "supy": _with_gradients(supy.ops.efficient_global_pointer_loss),
-            "dense eager": _with_gradients(_dense_loss),
-            "dense torch.compile": _with_gradients(compiled(_dense_loss)),
+            "supy": operator,
+            "dense eager, nonzero": by_nonzero,
+            "torch.compile, nonzero": pointers.by_nonzero(compiled(pointers.visible(scores))),
+            "bert4torch, np.where": pointers.by_where(theirs),
         },
-        exact=_with_gradients(_dense_loss),
-        same=_same_gradients,
-        flops=4 * 2 * B * T * T * H + 3 * 2 * B * T * T * 64,
-        gradients=True,
+        exact=by_nonzero if trained else None,  # at random scores, one next to 0 may round to the other side
+        same=pointers.same_spans,
+        flops=2 * B * T * (T + 1) // 2 * (1 if efficient else H) * pointers.SIZE,
     )
 
 
@@ -242,7 +240,16 @@ ROWS = [
     _clique_row("attached, 10^4 nodes", lambda: graphs.attached(10**4, 8)),
     _clique_row("attached, 10^5 nodes", lambda: graphs.attached(10**5, 8)),
     _clique_row("geometric, 2 * 10^4 nodes", lambda: graphs.geometric(20_000, 392_000), ("igraph",)),
-    _pointer_row(16, 128, 65),
-    _pointer_row(16, 128, 217),
+    _loss_row("efficient", 16, 128, 65),
+    _loss_row("efficient", 16, 128, 217),
+    _loss_row("efficient", 16, 512, 217, dense=False),
+    _loss_row("full", 16, 128, 65),
+    _loss_row("full", 16, 128, 217),
+    _spans_row("efficient", 16, 128, 65),
+    _spans_row("efficient", 16, 128, 217),
+    _spans_row("efficient", 16, 128, 65, trained=False),
+    _spans_row("full", 16, 128, 65),
+    _spans_row("full", 16, 128, 217),
+    _spans_row("full", 16, 128, 65, trained=False),
     # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "dlpack.h"
@@ -165,8 +166,11 @@ inline void check_same_device(const TensorView& tensor, const char* op, const ch
              name << " is on another device than the first tensor");
 }
 
-// A one-dimensional int64 CPU tensor that owns `data`, which came from malloc and is released by free.
-inline py::object tensor_from_malloc(int64_t* data, int64_t size) {
+// A one-dimensional CPU tensor of int64 or float32 that owns `data`, which came from malloc and is released by free.
+template <typename T>
+py::object tensor_from_malloc(T* data, int64_t size) {
+  static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, float>);
+  constexpr uint8_t code = std::is_same_v<T, float> ? dlpack::kFloat : dlpack::kInt;
   struct Owned {
     dlpack::ManagedTensor managed;
     int64_t shape, stride;
@@ -180,7 +184,7 @@ inline py::object tensor_from_malloc(int64_t* data, int64_t size) {
     std::free(self->tensor.data);
     delete static_cast<Owned*>(self->context);
   };
-  owned->managed.tensor = {data, {dlpack::kCPU, 0}, 1, {dlpack::kInt, 64, 1}, &owned->shape, &owned->stride, 0};
+  owned->managed.tensor = {data, {dlpack::kCPU, 0}, 1, {code, 8 * sizeof(T), 1}, &owned->shape, &owned->stride, 0};
   void* object = nullptr;
   if (Torch::get().api->managed_to_object(&owned->managed, &object) != 0) {
     owned->managed.deleter(&owned->managed);

@@ -5,6 +5,8 @@
 #error "define SUPY_KERNEL, the .inl file, before including multitarget.h"
 #endif
 
+// SUPY_LANES, the float32 of a vector, because g++ 12 defines __AVX512F__ and its like too late for a pragma to show.
+#define SUPY_LANES 4
 namespace supy::generic {
 #include "narrow.inl"
 #include SUPY_KERNEL
@@ -13,6 +15,8 @@ namespace supy::generic {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,popcnt,lzcnt")
+#undef SUPY_LANES
+#define SUPY_LANES 8
 namespace supy::avx2 {
 #include "narrow.inl"
 #include SUPY_KERNEL
@@ -21,6 +25,8 @@ namespace supy::avx2 {
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt,lzcnt,prefer-vector-width=512")
+#undef SUPY_LANES
+#define SUPY_LANES 16
 namespace supy::avx512 {
 #include "narrow.inl"
 #include SUPY_KERNEL
@@ -33,4 +39,5 @@ namespace avx512 = generic;
 }  // namespace supy
 #endif
 
+#undef SUPY_LANES
 #undef SUPY_KERNEL

@@ -11,6 +11,7 @@ from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
 
 INTEGERS = (torch.int32, torch.int64)
+NATIVE = (torch.float32, torch.bfloat16)  # what the C++ kernels read
 
 
 def check_lengths(shapes: Shapes, lengths: torch.Tensor | None, x: torch.Tensor) -> None:
@@ -54,7 +55,12 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def define_loss(
-    name: str, tensors: tuple[str, ...], others: str, reference, fake, *, kernels: tuple[Kernel, ...] = ()
+    name: str,
+    tensors: tuple[str, ...],
+    others: str,
+    reference: Callable,
+    fake: Callable,
+    kernels: tuple[Kernel, ...] = (),
 ) -> Callable:
     """Registers a loss operator that returns (loss, *gradients for ``tensors``), and its backward.
 
@@ -66,11 +72,16 @@ def define_loss(
 
     def save(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else backward is handed zeros for each of these outputs
         ctx.save_for_backward(*output[1:], *inputs[:count])
         ctx.others = len(inputs) - count
 
     def backward(ctx, grad, *_):
-        return *run_backward(grad, *ctx.saved_tensors), *(None,) * ctx.others
+        if grad is None:
+            return (None,) * (count + ctx.others)
+        saved = ctx.saved_tensors
+        grads = saved[:count] if _is_one(grad, saved) else run_backward(grad, *saved)
+        return *grads, *(None,) * ctx.others
 
     def scale(grad, *saved):
         return tuple((grad * d).to(x.dtype) for d, x in zip(saved[:count], saved[count:]))
@@ -93,6 +104,13 @@ def define_loss(
         gradient=Gradient(save, backward),
         kernels=kernels,
     )
+
+
+def _is_one(grad: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> bool:
+    """Whether scaling the saved gradients would only copy them, as after ``loss.backward()``; looked up on the CPU only."""
+    plain = type(grad) is torch.Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
+    same = saved[0].dtype == saved[-1].dtype
+    return plain and same and not torch.compiler.is_compiling() and grad.item() == 1
 
 
 def fake_spans(q, *_):

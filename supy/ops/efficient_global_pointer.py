@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from supy import _extension
 from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
 from supy.ops._arguments import (
+    NATIVE,
     check_lengths,
     check_like,
     check_spans,
@@ -55,6 +57,28 @@ def _fake_loss(q, k, start_bias, end_bias, spans, lengths, tril, scale, gradient
     return loss, *(loss.new_empty(x.shape if gradients else 0) for x in tensors)
 
 
+def _cpp_scores(q, k, start_bias, end_bias, lengths, tril, scale):
+    out = q.new_empty(q.shape[0], start_bias.shape[2], q.shape[1], q.shape[1])
+    _extension.C.efficient_global_pointer_scores(q, k, start_bias, end_bias, lengths, tril, scale, out)
+    return out
+
+
+def _cpp_loss(q, k, start_bias, end_bias, spans, lengths, tril, scale, gradients):
+    tensors = q, k, start_bias, end_bias
+    out = [x.new_empty(x.shape if gradients else 0, dtype=torch.float32) for x in tensors]
+    loss = _extension.C.efficient_global_pointer_loss(
+        *tensors, spans, lengths, tril, scale, out if gradients else []
+    )
+    return torch.tensor(loss, dtype=torch.float32), *out
+
+
+def _cpp_spans(q, k, start_bias, end_bias, lengths, tril, scale, threshold):
+    spans, scores = _extension.C.efficient_global_pointer_spans(
+        q, k, start_bias, end_bias, lengths, tril, scale, threshold
+    )
+    return spans.view(-1, 4), scores.to(q.dtype)
+
+
 _scores = define(
     f"efficient_global_pointer_scores({_TENSORS}, {_MASKS}) -> Tensor",
     reference.efficient_global_pointer_scores,
@@ -62,7 +86,7 @@ _scores = define(
         q.shape[0], start_bias.shape[2], q.shape[1], q.shape[1]
     ),
     gradient=Gradient(_save_scores, _scores_backward),
-    kernels=(_triton("efficient_global_pointer_scores"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_scores, NATIVE), _triton("efficient_global_pointer_scores")),
 )
 _loss = define_loss(
     "efficient_global_pointer_loss",
@@ -70,13 +94,13 @@ _loss = define_loss(
     f"Tensor spans, {_MASKS}",
     reference.efficient_global_pointer_loss,
     _fake_loss,
-    kernels=(_triton("efficient_global_pointer_loss"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_loss, NATIVE), _triton("efficient_global_pointer_loss")),
 )
 _spans = define(
     f"efficient_global_pointer_spans({_TENSORS}, {_MASKS}, float threshold) -> (Tensor, Tensor)",
     reference.efficient_global_pointer_spans,
     fake=fake_spans,
-    kernels=(_triton("efficient_global_pointer_spans"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_spans, NATIVE), _triton("efficient_global_pointer_spans")),
 )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from supy import _extension
 from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
 from supy.ops._arguments import (
+    NATIVE,
     check_lengths,
     check_like,
     check_spans,
@@ -53,12 +55,29 @@ def _fake_loss(q, k, spans, lengths, tril, scale, gradients):
     return loss, *(loss.new_empty(x.shape if gradients else 0) for x in (q, k))
 
 
+def _cpp_scores(q, k, lengths, tril, scale):
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1])
+    _extension.C.global_pointer_scores(q, k, lengths, tril, scale, out)
+    return out
+
+
+def _cpp_loss(q, k, spans, lengths, tril, scale, gradients):
+    out = [x.new_empty(x.shape if gradients else 0, dtype=torch.float32) for x in (q, k)]
+    loss = _extension.C.global_pointer_loss(q, k, spans, lengths, tril, scale, out if gradients else [])
+    return torch.tensor(loss, dtype=torch.float32), *out
+
+
+def _cpp_spans(q, k, lengths, tril, scale, threshold):
+    spans, scores = _extension.C.global_pointer_spans(q, k, lengths, tril, scale, threshold)
+    return spans.view(-1, 4), scores.to(q.dtype)
+
+
 _scores = define(
     f"global_pointer_scores(Tensor q, Tensor k, {_MASKS}) -> Tensor",
     reference.global_pointer_scores,
     fake=lambda q, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
     gradient=Gradient(_save_scores, _scores_backward),
-    kernels=(_triton("global_pointer_scores"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_scores, NATIVE), _triton("global_pointer_scores")),
 )
 _loss = define_loss(
     "global_pointer_loss",
@@ -66,13 +85,13 @@ _loss = define_loss(
     f"Tensor spans, {_MASKS}",
     reference.global_pointer_loss,
     _fake_loss,
-    kernels=(_triton("global_pointer_loss"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_loss, NATIVE), _triton("global_pointer_loss")),
 )
 _spans = define(
     f"global_pointer_spans(Tensor q, Tensor k, {_MASKS}, float threshold) -> (Tensor, Tensor)",
     reference.global_pointer_spans,
     fake=fake_spans,
-    kernels=(_triton("global_pointer_spans"),),
+    kernels=(Kernel("CPU", "cpp", _cpp_spans, NATIVE), _triton("global_pointer_spans")),
 )
 
 

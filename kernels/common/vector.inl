@@ -1,0 +1,61 @@
+// Vectors of float32 as wide as the instruction set allows, by the compiler's vector types. Included at the top of a
+// kernel file, so that there is one copy for each instruction set (multitarget.h).
+static constexpr int LANES = SUPY_LANES;
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));  // also what a comparison gives: -1 where true
+
+static constexpr float INF = __builtin_inff();
+
+static inline vec loadv(const float* p) {
+  vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void storev(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+static inline vec splat(float x) { return x - vec{}; }  // minus: adding 0 would have to turn -0 into 0
+
+// Where one is NaN: b.
+static inline vec maxv(vec a, vec b) { return a > b ? a : b; }
+
+static inline float sum_of(vec v) {
+  for (int step = LANES / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+  return v[0];
+}
+
+static inline float max_of(vec v) {
+  float top = v[0];
+  for (int i = 1; i < LANES; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// One bit a lane.
+static inline uint32_t bits_of(ivec mask) {
+#if SUPY_LANES == 16
+  return static_cast<uint16_t>(__builtin_ia32_cvtd2mask512(mask));
+#elif SUPY_LANES == 8
+  return __builtin_ia32_movmskps256((vec)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// e^x to about 1 ulp; 0 below -87.3 (where it is no normal number) and infinity above 88. x = n ln 2 + r, and e^r is a
+// polynomial of degree 7 on |r| <= ln 2 / 2.
+static inline vec expv(vec x) {
+  const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const vec rounded = x * 1.44269504f + shift;
+  const vec n = rounded - shift;
+  const vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const ivec exponent = ((ivec)rounded + 127) << 23;
+  const vec result = p * (vec)exponent;
+  return x < -87.3f ? vec{} : x > 88.0f ? splat(INF) : result;
+}
