@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import supy.kernels  # noqa: E402
+from supy.kernels.global_pointer import LAUNCH  # noqa: E402
 
 INTEGER, CONSTANT = "i32", "constexpr"
 
@@ -28,11 +29,50 @@ def _rotary(dtype, **constants):
     return pointers | dict.fromkeys(sizes, INTEGER), constants
 
 
-# A row: module of supy.kernels, kernel, then what makes (type of each argument that is no constant, constants).
+# Arguments of the kernels of both GlobalPointers; what is not here is a size or a stride.
+_POINTER_TYPES = (
+    dict.fromkeys(("lengths", "tiles", "cells", "counts", "ends"), "*i32")
+    | dict.fromkeys(("offsets", "candidates", "spans"), "*i64")
+    | dict.fromkeys("ex ey x y top_x top_y peak total sums log_negative own_weights other_weights".split(), "*fp32")
+    | dict.fromkeys(("products", "out"), "*fp32")
+    | dict.fromkeys(("scale", "threshold"), "fp32")
+)
+
+
+def _pointer(module, kernel, dtype, tensors, *, strided, **constants):
+    """A row; ``tensors`` names the arguments that have the dtype of q. The last stride is 1 unless ``strided``."""
+    name = f"{module}_{kernel}_kernel"
+    arguments = getattr(importlib.import_module(f"supy.kernels.{module}"), name).arg_names
+    last = 3 if module == "global_pointer" else 2
+    if not strided:
+        constants |= {f"{x}{last}": 1 for x in ("q", "k", "x", "y", "own", "other") if f"{x}{last}" in arguments}
+    types = {x: dtype if x in tensors.split() else _POINTER_TYPES.get(x, INTEGER) for x in arguments}
+    return module, name, ({x: t for x, t in types.items() if x not in constants}, constants, LAUNCH)
+
+
+def _pointers():
+    for dtype, D, tril, depth in (("*fp32", 64, True, 16), ("*bf16", 64, False, 64), ("*fp16", 150, True, 64)):
+        tile = {"TRIL": tril, "BLOCK": 64, "D": D, "DEPTH": depth, "strided": dtype == "*fp16"}
+        full, efficient = "global_pointer", "efficient_global_pointer"
+        yield _pointer(full, "scores", dtype, "q k out", **tile)
+        yield _pointer(full, "rows", dtype, "q k", **tile)
+        yield _pointer(full, "spans", dtype, "q k scores", **tile)
+        yield _pointer(efficient, "scores", dtype, "q k x y out", PART=16, **tile)
+        yield _pointer(efficient, "rows", dtype, "q k", HEADS=64, **tile)
+        yield _pointer(efficient, "columns", dtype, "q k", HEADS=64, **tile)
+        yield _pointer(efficient, "candidates", dtype, "q k like", **tile)
+        yield _pointer(efficient, "spans", dtype, "scores", HEADS=64, strided=True)
+        for columns in (False, True):
+            yield _pointer(full, "gradient", dtype, "own other", COLUMNS=columns, PART=64, **tile)
+            yield _pointer(efficient, "gradient", dtype, "own other", COLUMNS=columns, PART=64, HEADS=32, **tile)
+
+
+# A row: module of supy.kernels, kernel, (type of each argument that is no constant, constants, launch options if any).
 KERNELS = [
     ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
     ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
     ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, BLOCK=64)),
+    *_pointers(),
 ]
 
 
@@ -42,10 +82,10 @@ KERNELS = [
 def test_compiles_for_sm_90(module, kernel, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # today's default, said aloud: else Triton 3.9 warns
-    types, constants = arguments
+    types, constants, *options = arguments
     function = getattr(importlib.import_module(f"supy.kernels.{module}"), kernel)
     source = ASTSource(function, signature=types | dict.fromkeys(constants, CONSTANT), constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(*options))
     assert compiled.asm["cubin"]
     assert ".local" not in compiled.asm["ptx"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -64,8 +65,8 @@ def define_loss(
     """Registers a loss operator that returns (loss, *gradients for ``tensors``), and its backward.
 
     The forward pass knows all that the gradients need, so it computes them at once where its last
-    argument, ``gradients``, says so; the backward operator scales them. It takes the tensors too,
-    so that a second derivative finds it, and raises.
+    argument, ``gradients``, says so; the backward operator scales them, on every backend that the
+    loss has. It takes the tensors too, so that a second derivative finds it, and raises.
     """
     count = len(tensors)
 
@@ -94,6 +95,7 @@ def define_loss(
         f"{name}_backward(Tensor grad, {saved}, {arguments}) -> ({', '.join(['Tensor'] * count)})",
         scale,
         fake=fake_scale,
+        kernels=tuple(replace(kernel, run=scale) for kernel in kernels),
     )
     return define(
         f"{name}({arguments}, {others}, bool gradients) -> ({', '.join(['Tensor'] * (count + 1))})",
