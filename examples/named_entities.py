@@ -35,9 +35,9 @@ class Sentence(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, help="passes over the training data")
+    parser.add_argument("--epochs", type=positive, help="passes over the training data")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--generate", type=int, metavar="N", help="train on so many generated sentences in any case")
+    parser.add_argument("--generate", type=positive, metavar="N", help="train on so many generated sentences")
     args = parser.parse_args()
 
     train, dev, test, epochs = load(args.generate)
@@ -59,6 +59,12 @@ def main() -> None:
             print(f"{name:18}", mark(tagger.predict([sentence])[0]))
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def load(generated: int | None = None) -> tuple[list[Sentence], list[Sentence], list[Sentence], int]:
     """Sentences to train on, for development and for the test, and epochs."""
     folder = None if generated else data_folder()
@@ -73,33 +79,45 @@ def load(generated: int | None = None) -> tuple[list[Sentence], list[Sentence], 
 
 
 def read_iob2(path: Path) -> list[Sentence]:
-    """Lines "number, word, tag, ..." separated by tabs, a blank line after each sentence. The words are joined."""
-    sentences = []
-    for block in path.read_text(encoding="utf-8").split("\n\n"):
-        text, entities = "", []
-        for number, word, tag, *_ in (line.split("\t") for line in block.splitlines() if line[:1] not in ("#", "")):
-            if tag[0] == "B":
-                entities.append((tag[2:], len(text), len(text) + len(word) - 1))
-            elif tag[0] == "I":
-                entities[-1] = (*entities[-1][:2], len(text) + len(word) - 1)
-            text += word
-        if text:
-            sentences.append(Sentence(text, frozenset(entities)))
+    """Lines of number, word, tag and more, separated by tabs, and a blank line after a sentence. The words are joined."""
+    sentences, text, entities = [], "", []
+    for place, line in enumerate([*path.read_text(encoding="utf-8").splitlines(), ""], 1):
+        fields = line.split("\t")
+        if line.startswith("#"):
+            continue
+        if not line.strip():
+            if text:
+                sentences.append(Sentence(text, frozenset(entities)))
+            text, entities = "", []
+            continue
+        if len(fields) < 3 or not re.fullmatch("O|[BI]-.+", fields[2]) or (fields[2][0] == "I" and not entities):
+            raise SystemExit(f"{path}:{place}: expected number, word, and tag O, B-TYPE or I-TYPE, got {line[:60]!r}")
+        word, tag = fields[1:3]
+        end = len(text) + len(word) - 1
+        if tag[0] == "B":
+            entities.append((tag[2:], len(text), end))
+        elif tag[0] == "I":
+            entities[-1] = (*entities[-1][:2], end)
+        text += word
     return sentences
 
 
 # What can stand for what; {NAMES} in capitals are entities. Nobody is meant by the people.
 GRAMMAR = {
     "sentence": [
-        "{PER}、{PER}和{PER}{day}离开{LOC}，前往{LOC}。",
-        "{PER}生于{LOC}，曾在{ORG}和{ORG}任职。",
-        "{ORG}{day}与{ORG}、{ORG}签署协议。",
-        "{day}，{PER}从{LOC}来到{ORG}，见到了{PER}。",
-        "{LOC}、{LOC}和{LOC}{day}有雨，{ORG}提醒市民注意安全。",
+        "{people}{day}离开{LOC}，前往{LOC}。",
+        "{PER}生于{LOC}，曾在{houses}任职。",
+        "{houses}{day}签署协议。",
+        "{day}，{people}从{LOC}来到{ORG}，见到了{PER}。",
+        "{places}{day}有雨，{ORG}提醒市民注意安全。",
         "{day}的会议上没有人发言。",
     ],
+    "people": ["{PER}和{PER}", "{PER}、{people}", "{PER}、{people}"],
+    "places": ["{LOC}和{LOC}", "{LOC}、{places}", "{LOC}、{places}"],
+    "houses": ["{ORG}和{ORG}", "{ORG}、{houses}"],
     "PER": ["{surname}{given}", "{surname}{given}{given}"],
-    "LOC": ["{syllable}{syllable}", "{syllable}{syllable}{syllable}", "{LOC}{syllable}{area}"],
+    "LOC": ["{town}", "{town}", "{town}{syllable}", "{LOC}{syllable}{area}"],
+    "town": ["{syllable}{syllable}"],
     "ORG": ["{LOC}{house}", "{LOC}{house}", "{LOC}{PER}{house}", "{ORG}{part}"],
     "surname": list("王李张刘陈杨赵黄周吴徐孙胡朱高何郭马罗梁宋郑谢韩唐冯于董萧"),
     "given": list("伟芳娜敏静丽强磊军洋勇艳杰娟涛明超霞刚桂英华玉兰建国志文"),
@@ -131,9 +149,9 @@ def generate(count: int, seed: int = 0) -> list[Sentence]:
 
 
 class Tagger(nn.Module):
-    """Embeddings of characters, of pairs of them and of absolute positions, convolutions, and the pointer.
+    """Embeddings of characters and of pairs of them, convolutions, and the pointer; the characters are the tokens.
 
-    The characters are the tokens. What is rare or unknown has number 1, padding 0.
+    A convolution sees its neighbours, but not where in the sentence it is. What is rare or unknown has number 1, padding 0.
     """
 
     def __init__(self, train: Sequence[Sentence], *, rotary: bool, width: int = 128, layers: int = 2):
@@ -141,7 +159,6 @@ class Tagger(nn.Module):
         self.types = sorted({type for sentence in train for type, _, _ in sentence.entities})
         self.known = [vocabulary(grams(s.text, n) for s in train) for n in (1, 2)]
         self.embeddings = nn.ModuleList(nn.Embedding(len(known) + 2, width) for known in self.known)
-        self.positions = nn.Embedding(512, width)
         self.norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(layers))
         self.dropout = nn.Dropout(0.2)
@@ -152,7 +169,7 @@ class Tagger(nn.Module):
         """Hidden states `[B, T, width]` and lengths `[B]`."""
         lengths = torch.tensor([len(s.text) for s in sentences])
         visible = torch.arange(lengths.max()) < lengths[:, None]
-        x = self.positions(torch.arange(lengths.max()).clamp(max=511))
+        x = torch.zeros(())
         for n, (known, embedding) in enumerate(zip(self.known, self.embeddings), 1):
             rows = [torch.tensor([known.get(g, 1) for g in grams(s.text, n)]) for s in sentences]
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
