@@ -2,9 +2,9 @@
 
     python examples/named_entities.py [--epochs N] [--seed N]
 
-With UNER's Chinese GSDSIMP at hand (SUPY_DATA; see README.md) it uses ner/uner_zh in it, else sentences that it generates,
-whose entities are nested. A score says where an entity starts and where it ends together, so nesting costs nothing; but
-without rotary positions (kexue.fm post 8373) start and end do not know how far apart they are, and pair up across entities.
+With UNER's Chinese GSDSIMP at hand (SUPY_DATA; see README.md) it uses ner/uner_zh in it, else sentences that it
+generates, whose entities are nested. A score judges a start and an end together, so nesting costs nothing; but without
+rotary positions (kexue.fm post 8373) the two do not know how far apart they are, and pair up across entities.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load(generated: int | None = None) -> tuple[list[Sentence], list[Sentence], 
 
 
 def read_iob2(path: Path) -> list[Sentence]:
-    """Lines of number, word, tag and more, separated by tabs, and a blank line after a sentence. The words are joined."""
+    """Lines of number, word, tag and more between tabs, and a blank line after a sentence. The words are joined."""
     sentences, text, entities = [], "", []
     for place, line in enumerate([*path.read_text(encoding="utf-8").splitlines(), ""], 1):
         fields = line.split("\t")
@@ -92,7 +92,7 @@ def read_iob2(path: Path) -> list[Sentence]:
             continue
         if len(fields) < 3 or not re.fullmatch("O|[BI]-.+", fields[2]) or (fields[2][0] == "I" and not entities):
             raise SystemExit(f"{path}:{place}: expected number, word, and tag O, B-TYPE or I-TYPE, got {line[:60]!r}")
-        word, tag = fields[1:3]
+        word, tag = fields[1], fields[2]
         end = len(text) + len(word) - 1
         if tag[0] == "B":
             entities.append((tag[2:], len(text), end))
@@ -151,7 +151,8 @@ def generate(count: int, seed: int = 0) -> list[Sentence]:
 class Tagger(nn.Module):
     """Embeddings of characters and of pairs of them, convolutions, and the pointer; the characters are the tokens.
 
-    A convolution sees its neighbours, but not where in the sentence it is. What is rare or unknown has number 1, padding 0.
+    A convolution sees the neighbours of a token, not where in the sentence it is. What is rare or unknown has number 1,
+    padding 0.
     """
 
     def __init__(self, train: Sequence[Sentence], *, rotary: bool, width: int = 128, layers: int = 2):
@@ -169,7 +170,7 @@ class Tagger(nn.Module):
         """Hidden states `[B, T, width]` and lengths `[B]`."""
         lengths = torch.tensor([len(s.text) for s in sentences])
         visible = torch.arange(lengths.max()) < lengths[:, None]
-        x = torch.zeros(())
+        x = 0
         for n, (known, embedding) in enumerate(zip(self.known, self.embeddings), 1):
             rows = [torch.tensor([known.get(g, 1) for g in grams(s.text, n)]) for s in sentences]
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -213,7 +214,7 @@ def vocabulary(texts: Iterable[list[str]]) -> dict[str, int]:
 
 
 def fit(tagger: Tagger, train: Sequence[Sentence], *, epochs: int, seed: int, name: str) -> None:
-    """Batches of eight sentences of like length; AdamW, whose learning rate rises for a tenth of the steps, then falls."""
+    """Batches of eight sentences of like length; AdamW, its learning rate rising for a tenth of the steps, then falling."""
     random = Random(seed)
     optimizer = torch.optim.AdamW(tagger.parameters(), lr=3e-3, fused=True)
     steps = epochs * -(-len(train) // 8)

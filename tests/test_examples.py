@@ -76,7 +76,8 @@ def test_generated_entities_nest_and_repeat(script):
 def test_words_are_joined(script, tmp_path):
     file = tmp_path / "a.iob2"
     file.write_text(
-        "# text = 周伟在北京大学\n1\t周伟\tB-PER\t-\n2\t在\tO\t-\n3\t北京\tB-ORG\t-\n4\t大学\tI-ORG\t-\n\n\n1\t北京\tB-LOC\n2\t上海\tB-LOC",
+        "# text = 周伟在北京大学\n1\t周伟\tB-PER\t-\n2\t在\tO\t-\n3\t北京\tB-ORG\t-\n4\t大学\tI-ORG\t-\n\n\n"
+        "1\t北京\tB-LOC\n2\t上海\tB-LOC",
         encoding="utf-8",
     )
     one, two = script.read_iob2(file)

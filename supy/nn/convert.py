@@ -18,9 +18,9 @@ Pointer = GlobalPointer | EfficientGlobalPointer
 def load_bert4keras_(pointer: Pointer, weights: Sequence[Any]) -> Pointer:
     """Loads the weights of bert4keras' layer of the same name, which then gives the same scores.
 
-    Make the module with the layer's sizes, ``rotary=RoPE``, ``bias=use_bias`` and ``tril=tril_mask``. The published layer
-    takes q from the even and k from the odd channels of its first dense layer; of the second, halved, it adds the even
-    outputs along the ends and the odd ones along the starts.
+    Make the module with the layer's sizes, ``rotary=RoPE``, ``bias=use_bias`` and ``tril=tril_mask``. The published
+    efficient form takes q from the even and k from the odd channels of its first dense layer; of the second, halved, it
+    adds the even outputs along the ends and the odd ones along the starts.
 
     Args:
         pointer: the module, changed in place.
@@ -72,9 +72,9 @@ def load_bert4torch_(pointer: Pointer, weights: Mapping[str, Any], *, prefix: st
 
     Args:
         pointer: the module, changed in place.
-        weights: the layer's ``state_dict()``, tensors or NumPy arrays: "dense.weight" and "dense.bias"; for the efficient
-            form "p_dense.weight", "p_dense.bias", "q_dense.weight" and "q_dense.bias". Tables of positions are passed
-            over. Read a file with ``torch.load(path, weights_only=True)`` or safetensors.
+        weights: the layer's ``state_dict()``, tensors or NumPy arrays: "dense.weight" and "dense.bias"; for the
+            efficient form "p_dense.weight", "p_dense.bias", "q_dense.weight" and "q_dense.bias". Tables of positions are
+            passed over. Read a file with ``torch.load(path, weights_only=True)`` or safetensors.
         prefix: of the layer's names in the state of a whole model, for example "global_pointer."; names that do not
             begin with it are passed over.
 
