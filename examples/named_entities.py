@@ -35,19 +35,22 @@ class Sentence(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=positive, help="passes over the training data")
+    parser.add_argument("--epochs", type=positive, default=10, help="passes over the training data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generate", type=positive, metavar="N", help="train on so many generated sentences")
     args = parser.parse_args()
 
-    train, dev, test, epochs = load(args.generate)
+    try:
+        train, dev, test = load(args.generate)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{error}; get {UNER}, or set SUPY_DATA= to generate sentences\n")
     print(f"{len(train)} sentences to train on, {len(dev)} for development, {len(test)} for the test\n")
     taggers = {}
     for rotary in (True, False):
         torch.manual_seed(args.seed)
         name = "rotary positions" if rotary else "no positions"
         taggers[name] = Tagger(train, rotary=rotary)
-        fit(taggers[name], train, epochs=args.epochs or epochs, seed=args.seed, name=name)
+        fit(taggers[name], train, epochs=args.epochs, seed=args.seed, name=name)
 
     print(f"\n{'entity F1':18}{'dev':>8}{'test':>8}")
     for name, tagger in taggers.items():
@@ -65,24 +68,20 @@ def positive(text: str) -> int:
     return number
 
 
-def load(generated: int | None = None) -> tuple[list[Sentence], list[Sentence], list[Sentence], int]:
-    """Sentences to train on, for development and for the test, and epochs."""
+def load(generated: int | None = None) -> list[list[Sentence]]:
+    """Sentences to train on, for development and for the test."""
     folder = None if generated else data_folder()
     if folder is not None:
-        folder = folder / "ner" / "uner_zh"
-        if folder.is_dir():
-            return *(read_iob2(folder / f"{part}.iob2") for part in ("train", "dev", "test")), 10
-        raise SystemExit(f"{folder}: no such folder; get {UNER}, or set SUPY_DATA= to generate sentences")
+        return [read_iob2(folder / "ner" / "uner_zh" / f"{part}.iob2") for part in ("train", "dev", "test")]
     print(f"Generated sentences; for real ones get {UNER}, and see README.md.")
     sentences = generate((generated or 1500) + 600)
-    return sentences[600:], sentences[:300], sentences[300:600], 10
+    return [sentences[600:], sentences[:300], sentences[300:600]]
 
 
 def read_iob2(path: Path) -> list[Sentence]:
     """Lines of number, word, tag and more between tabs, and a blank line after a sentence. The words are joined."""
     sentences, text, entities = [], "", []
-    for place, line in enumerate([*path.read_text(encoding="utf-8").splitlines(), ""], 1):
-        fields = line.split("\t")
+    for place, line in enumerate([*path.read_text(encoding="utf-8").split("\n"), ""], 1):
         if line.startswith("#"):
             continue
         if not line.strip():
@@ -90,14 +89,14 @@ def read_iob2(path: Path) -> list[Sentence]:
                 sentences.append(Sentence(text, frozenset(entities)))
             text, entities = "", []
             continue
-        if len(fields) < 3 or not re.fullmatch("O|[BI]-.+", fields[2]) or (fields[2][0] == "I" and not entities):
-            raise SystemExit(f"{path}:{place}: expected number, word, and tag O, B-TYPE or I-TYPE, got {line[:60]!r}")
-        word, tag = fields[1], fields[2]
+        _, word, tag = [*line.split("\t"), "", ""][:3]
         end = len(text) + len(word) - 1
-        if tag[0] == "B":
+        if tag[:2] == "B-":
             entities.append((tag[2:], len(text), end))
-        elif tag[0] == "I":
+        elif tag[:2] == "I-" and entities and entities[-1][2] == len(text) - 1:
             entities[-1] = (*entities[-1][:2], end)
+        elif tag != "O":
+            raise ValueError(f"{path}:{place}: expected number, word, and O, B-TYPE or I-TYPE, got {line[:60]!r}")
         text += word
     return sentences
 

@@ -11,16 +11,6 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(script, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1", **environment},
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("named_entities", EXAMPLES / "named_entities.py")
@@ -30,7 +20,12 @@ def script():
 
 
 def test_named_entities_runs():
-    ran = run("named_entities.py", "--generate", 300, "--epochs", 4)
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "named_entities.py", "--generate", "300", "--epochs", "4"],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 0, ran.stderr
     rows = {line[:18].strip(): line.split()[-2:] for line in ran.stdout.splitlines() if "%" in line}
     with_rotary, without = (
@@ -42,19 +37,28 @@ def test_named_entities_runs():
     assert "[PER " in ran.stdout and "training, no positions" in ran.stderr
 
 
-def test_named_entities_refuses_bad_input_in_one_line(tmp_path):
-    missing = run("named_entities.py", SUPY_DATA=str(tmp_path))
-    assert missing.returncode != 0 and len(missing.stderr.splitlines()) == 1
-    assert f"{tmp_path / 'ner' / 'uner_zh'}: no such folder" in missing.stderr
+def test_named_entities_refuses_bad_input_in_one_line(script, tmp_path, monkeypatch, capsys):
+    def error(*arguments):
+        monkeypatch.setattr(sys, "argv", ["named_entities.py", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            script.main()
+        assert exit.value.code == 2
+        return capsys.readouterr().err.splitlines()
 
-    (tmp_path / "ner" / "uner_zh").mkdir(parents=True)
-    (tmp_path / "ner" / "uner_zh" / "train.iob2").write_text("1\tword\tO\n2 word I-PER\n")
-    broken = run("named_entities.py", SUPY_DATA=str(tmp_path))
-    assert broken.returncode != 0 and len(broken.stderr.splitlines()) == 1
-    assert "train.iob2:2: expected number, word, and tag" in broken.stderr
+    monkeypatch.setenv("SUPY_DATA", str(tmp_path))
+    train = tmp_path / "ner" / "uner_zh" / "train.iob2"
+    (line,) = error()
+    assert f"No such file or directory: '{train}'" in line
 
-    none = run("named_entities.py", "--epochs", 0)
-    assert none.returncode == 2 and "invalid positive value: '0'" in none.stderr
+    train.parent.mkdir(parents=True)
+    for bad in ("2 word I-PER", "2\tword\tI-PER", "2\tword", "2\tword\tPER"):
+        train.write_text(f"1\tword\tO\n{bad}\n")
+        (line,) = error()
+        assert f"{train}:2: expected number, word, and O, B-TYPE or I-TYPE, got {bad!r}; get https" in line
+    train.write_bytes(b"\xff")
+    (line,) = error()
+    assert "codec" in line
+    assert "invalid positive value: '0'" in error("--epochs", "0")[-1]
 
 
 def test_generated_entities_nest_and_repeat(script):

@@ -97,7 +97,7 @@ def load_bert4torch_(pointer: Pointer, weights: Mapping[str, Any], *, prefix: st
         raise TypeError(f"supy.{op}: weights is a {type(weights).__name__}, expected names and arrays")
     names = {
         name
-        for name in weights
+        for name in map(str, weights)
         if name.startswith(prefix) and not name.startswith(prefix + "position_embedding.")
     }
     wanted = {prefix + name for name in expected}
