@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from supy.nn import EfficientGlobalPointer, GatedAttentionUnit
+from supy.nn import EfficientGlobalPointer, GatedAttentionUnit, GlobalPointer
 
 
 def complex_rotary(x):
@@ -47,18 +47,8 @@ def test_causal_unit_does_not_look_ahead():
     torch.testing.assert_close(unit(x)[:, :4], unit(later)[:, :4])
 
 
-@pytest.mark.parametrize("rotary", [True, False])
-def test_efficient_global_pointer_is_its_formula(rotary):
-    torch.manual_seed(0)
-    pointer = EfficientGlobalPointer(10, heads=3, head_size=4, rotary=rotary)
-    hidden = torch.randn(2, 7, 10)
-    both = hidden @ pointer.query_key.weight.T + pointer.query_key.bias
-    q, k = both.split(4, -1)
-    x, y = (both @ pointer.biases.weight.T + pointer.biases.bias).split(3, -1)
-    if rotary:
-        q, k = complex_rotary(q), complex_rotary(k)
-    expected = torch.einsum("bid,bjd->bij", q, k)[:, None] / 2 + x.mT[..., None] + y.mT[:, :, None]
-    expected = expected.masked_fill(torch.ones(7, 7).tril(-1).bool(), -torch.inf)
+def assert_is(pointer, hidden, expected):
+    """Scores, spans and loss of a pointer, against all scores."""
     scores = pointer.scores(hidden)
     torch.testing.assert_close(scores, expected)
 
@@ -74,6 +64,70 @@ def test_efficient_global_pointer_is_its_formula(rotary):
     torch.testing.assert_close(pointer.loss(hidden, positive), by_hand)
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_global_pointer_is_its_formula(rotary):
+    torch.manual_seed(0)
+    pointer = GlobalPointer(10, heads=3, head_size=4, rotary=rotary)
+    hidden = torch.randn(2, 7, 10)
+    expected = []
+    for rows, bias in zip(pointer.query_key.weight.split(8), pointer.query_key.bias.split(8)):  # head by head
+        q, k = (hidden @ rows.T + bias).split(4, -1)
+        if rotary:
+            q, k = complex_rotary(q), complex_rotary(k)
+        expected.append(torch.einsum("bid,bjd->bij", q, k) / 2)
+    expected = torch.stack(expected, 1).masked_fill(torch.ones(7, 7).tril(-1).bool(), -torch.inf)
+    assert_is(pointer, hidden, expected)
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_efficient_global_pointer_is_its_formula(rotary):
+    torch.manual_seed(0)
+    pointer = EfficientGlobalPointer(10, heads=3, head_size=4, rotary=rotary)
+    hidden = torch.randn(2, 7, 10)
+    both = hidden @ pointer.query_key.weight.T + pointer.query_key.bias
+    q, k = both.split(4, -1)
+    x, y = (both @ pointer.biases.weight.T + pointer.biases.bias).split(3, -1)
+    if rotary:
+        q, k = complex_rotary(q), complex_rotary(k)
+    expected = torch.einsum("bid,bjd->bij", q, k)[:, None] / 2 + x.mT[..., None] + y.mT[:, :, None]
+    expected = expected.masked_fill(torch.ones(7, 7).tril(-1).bool(), -torch.inf)
+    assert_is(pointer, hidden, expected)
+
+
+POINTERS = pytest.mark.parametrize("Pointer", [GlobalPointer, EfficientGlobalPointer])
+
+
+@POINTERS
+def test_pointers_compute_in_the_dtype_of_their_parameters(Pointer):
+    pointer = Pointer(10, heads=2, head_size=4)
+    hidden = torch.randn(2, 5, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pointer.scores(hidden), pointer.scores(hidden.double()))
+        assert pointer.scores(hidden.bfloat16()).dtype == torch.float32
+    precise = pointer.double().scores(hidden)
+    assert precise.dtype == torch.float64
+    torch.testing.assert_close(precise.float(), pointer.float().scores(hidden))
+
+
+@POINTERS
+def test_pointers_without_bias_or_with_both_triangles(Pointer):
+    torch.manual_seed(0)
+    pointer = Pointer(10, heads=2, head_size=4, bias=False, tril=False)
+    assert all(parameter.ndim == 2 for parameter in pointer.parameters())
+    assert torch.equal(pointer.scores(torch.zeros(1, 3, 10)), torch.zeros(1, 2, 3, 3))
+    scores = pointer.scores(torch.randn(2, 5, 10), lengths=torch.tensor([5, 2]))
+    assert scores[0].isfinite().all() and scores[1].isfinite().sum() == 2 * 2 * 2
+
+
+@POINTERS
+def test_pointers_of_nothing(Pointer):
+    pointer = Pointer(10, heads=2, head_size=4)
+    for shape in ((0, 5, 10), (2, 0, 10)):
+        hidden = torch.zeros(shape)
+        assert pointer.scores(hidden).shape == (shape[0], 2, shape[1], shape[1])
+        assert pointer.spans(hidden)[0].shape == (0, 4)
+
+
 def test_loss_among_marked_tokens_ignores_the_others():
     torch.manual_seed(0)
     pointer = EfficientGlobalPointer(10, heads=2, head_size=4, rotary=False)
@@ -86,10 +140,11 @@ def test_loss_among_marked_tokens_ignores_the_others():
     torch.testing.assert_close(loss, alone)
 
 
+@POINTERS
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16 autocast"])
-def test_modules_train(autocast):
+def test_modules_train(autocast, Pointer):
     torch.manual_seed(0)
-    unit, pointer = GatedAttentionUnit(16, key_size=8), EfficientGlobalPointer(16, heads=2, head_size=8)
+    unit, pointer = GatedAttentionUnit(16, key_size=8), Pointer(16, heads=2, head_size=8)
     parameters = [*unit.parameters(), *pointer.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
     x, spans = torch.randn(2, 9, 16), torch.tensor([[0, 0, 1, 2], [1, 1, 3, 8]])
@@ -106,8 +161,9 @@ def test_modules_train(autocast):
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_modules_compile_without_graph_breaks():
-    unit, pointer = GatedAttentionUnit(8, key_size=4), EfficientGlobalPointer(8, heads=2, head_size=4)
+@POINTERS
+def test_modules_compile_without_graph_breaks(Pointer):
+    unit, pointer = GatedAttentionUnit(8, key_size=4), Pointer(8, heads=2, head_size=4)
 
     def loss(x, spans, lengths):
         return pointer.loss(x + unit(x, lengths=lengths), spans, lengths=lengths)

@@ -1,6 +1,14 @@
 """Modules over supy's operators, ready for a user's own network and training loop."""
 
+from supy.nn.convert import load_bert4keras_, load_bert4torch_
 from supy.nn.efficient_global_pointer import EfficientGlobalPointer
 from supy.nn.gated_attention_unit import GatedAttentionUnit
+from supy.nn.global_pointer import GlobalPointer
 
-__all__ = ["EfficientGlobalPointer", "GatedAttentionUnit"]
+__all__ = [
+    "EfficientGlobalPointer",
+    "GatedAttentionUnit",
+    "GlobalPointer",
+    "load_bert4keras_",
+    "load_bert4torch_",
+]

@@ -12,7 +12,8 @@ class EfficientGlobalPointer(nn.Module):
     """score[b, h, i, j] = q_i . k_j / sqrt(D) + start_bias[i, h] + end_bias[j, h] (kexue.fm post 8877).
 
     q, k and the biases are linear in the input: one query and key for all heads say which spans are spans at all, the
-    biases of each head say of which kind. A head costs 4 D parameters. Everything is computed in float32.
+    biases of each head say of which kind. A head costs 4 D parameters. Everything is computed in the dtype of the
+    parameters, under autocast too.
 
     Args:
         dim: size of the input.
@@ -20,6 +21,9 @@ class EfficientGlobalPointer(nn.Module):
         head_size: D, even with ``rotary``.
         rotary: rotate q and k by position; without, scores do not know how far apart i and j are.
         tril: keep only spans with start <= end.
+        bias: the linear layers have one.
+
+    :func:`supy.nn.load_bert4keras_` and :func:`supy.nn.load_bert4torch_` load published weights.
 
     >>> pointer = EfficientGlobalPointer(32, heads=3)
     >>> hidden = torch.randn(2, 5, 32)
@@ -30,20 +34,28 @@ class EfficientGlobalPointer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, *, head_size: int = 64, rotary: bool = True, tril: bool = True
+        self,
+        dim: int,
+        heads: int,
+        *,
+        head_size: int = 64,
+        rotary: bool = True,
+        tril: bool = True,
+        bias: bool = True,
     ):
         super().__init__()
         self.rotary, self.tril = rotary, tril
-        self.query_key = nn.Linear(dim, 2 * head_size)
-        self.biases = nn.Linear(2 * head_size, 2 * heads)
+        self.query_key = nn.Linear(dim, 2 * head_size, bias=bias)  # q, then k
+        self.biases = nn.Linear(2 * head_size, 2 * heads, bias=bias)  # of the starts, then of the ends
         for linear, gain in ((self.query_key, 1.0), (self.biases, 0.5)):
             nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
-            nn.init.zeros_(linear.bias)
+            if bias:
+                nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """hidden `[B, T, dim]`: q, k `[B, T, D]` with positions applied, start_bias, end_bias `[B, T, heads]`."""
         with torch.autocast(hidden.device.type, enabled=False):
-            query_key = self.query_key(hidden.float())
+            query_key = self.query_key(hidden.to(self.query_key.weight.dtype))
             start_bias, end_bias = self.biases(query_key).chunk(2, -1)
             q, k = query_key.chunk(2, -1)
             if self.rotary:
