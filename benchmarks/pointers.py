@@ -12,7 +12,8 @@ SIZE = 64  # of a head
 
 
 def _random_spans(B, T, H, count, generator):
-    rows = torch.stack([torch.randint(0, n, (count * B,), generator=generator) for n in (B, H, T, T)], 1)
+    limits = ((0, B), (0, H), (1, T), (1, T))  # token 0 is for [CLS]
+    rows = torch.stack([torch.randint(*limit, (count * B,), generator=generator) for limit in limits], 1)
     rows[:, 2:] = rows[:, 2:].sort(1).values
     return rows.unique(dim=0)
 
@@ -21,6 +22,7 @@ def efficient_inputs(B, T, H):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(B, T, SIZE, generator=generator) for _ in range(2))
     x, y = (torch.randn(B, T, H, generator=generator) for _ in range(2))
+    x[:, 0] -= 20
     return q, k, x, y, _random_spans(B, T, H, 8, generator)
 
 

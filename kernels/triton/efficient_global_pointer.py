@@ -414,6 +414,7 @@ def efficient_global_pointer_spans(
     Two kernels of two passes each, one to count and one to write: candidates `[B, T]` in order of j, then spans.
     """
     check_lengths("efficient_global_pointer_spans", lengths, q.shape[1])
+    threshold = torch.tensor(threshold, dtype=q.dtype).item()  # as torch compares
     B, T, H = start_bias.shape
     D = q.shape[2]
     spans, scores = q.new_empty(0, 4, dtype=torch.int64), q.new_empty(0)

@@ -323,6 +323,7 @@ def global_pointer_loss(q, k, spans, lengths, tril, scale, gradients, block=BLOC
 def global_pointer_spans(q, k, lengths, tril, scale, threshold, block=BLOCK):
     """Two passes, one to count and one to write: the rows come out in order, without a sort."""
     check_lengths("global_pointer_spans", lengths, q.shape[1])
+    threshold = torch.tensor(threshold, dtype=q.dtype).item()  # as torch compares
     B, T, H, D = q.shape
     spans, scores = q.new_empty(0, 4, dtype=torch.int64), q.new_empty(0)
     if B * T * H == 0:
