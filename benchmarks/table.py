@@ -201,6 +201,131 @@ def _spans_row(form, B, T, H, trained=True):
     )
 
 
+# --- the multi-label losses ---------------------------------------------------------------------------------------------
+
+
+def _value_and_gradient(loss):
+    def run(scores, labels):
+        leaf = scores.detach().requires_grad_()
+        value = loss(leaf, labels)
+        return value.detach(), *torch.autograd.grad(value.sum(), leaf)
+
+    return run
+
+
+def _same_labels_gradients(result, expected):
+    return all((a.double() - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(result, expected, strict=True))
+
+
+def _flipped(scores, targets):
+    """Hard labels as post 7359 has it: signs of positives flipped, the other side pushed far down, a 0 appended."""
+    targets = targets.to(scores.dtype)
+    flipped = (1 - 2 * targets) * scores
+    zero = torch.zeros_like(scores[..., :1])
+    sides = flipped - targets * 1e12, flipped - (1 - targets) * 1e12
+    return sum(torch.cat([side, zero], -1).logsumexp(-1) for side in sides)
+
+
+def _by_logarithms(scores, targets):
+    """Soft labels as bert4keras has it: logarithms of the targets added to the scores, a 0 appended."""
+    zero = torch.zeros_like(scores[..., :1])
+    sides = scores + torch.log1p(-targets), targets.log() - scores
+    return sum(torch.cat([side, zero], -1).logsumexp(-1) for side in sides)
+
+
+def _labels_row(operator, case, inputs, supy_loss, plain, read, numel, flops):
+    """Loss and gradient. The least traffic: all read for the loss, and again for the gradient, which needs the loss."""
+    run = _value_and_gradient
+    return Row(
+        operator,
+        case,
+        inputs,
+        {
+            "supy": run(supy_loss),
+            "formula eager": run(plain),
+            "formula torch.compile": run(compiled(plain)),
+        },
+        exact=run(supy_loss),  # in float64: the reference
+        same=_same_labels_gradients,
+        bytes=(2 * read + 4) * numel,
+        flops=flops * numel,
+        gradients=True,
+    )
+
+
+def _dense_row(rows, kind):
+    shape = (*rows, 65536)
+
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        scores = 2 * torch.randn(shape, generator=generator) - 2
+        targets = torch.rand(shape, generator=generator)
+        return scores, {"bool": targets < 1e-3, "hard": (targets < 1e-3).float(), "soft": 0.1 * targets}[kind]
+
+    names = {"bool": "bool targets", "hard": "float32 targets, hard", "soft": "float32 targets, soft"}
+    return _labels_row(
+        "multilabel_cross_entropy",
+        f"{list(shape)} float32, {names[kind]}",
+        inputs,
+        supy.ops.multilabel_cross_entropy,
+        _by_logarithms if kind == "soft" else _flipped,
+        4 + (1 if kind == "bool" else 4),
+        functools.reduce(int.__mul__, shape),
+        40,
+    )
+
+
+def _sparse_row(rows, positives):
+    shape = (*rows, 65536)
+
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        scores = 2 * torch.randn(shape, generator=generator) - 2
+        return scores, torch.rand(*rows, 65536, generator=generator).topk(positives).indices
+
+    return _labels_row(
+        "sparse_multilabel_cross_entropy",
+        f"{list(shape)} float32, {positives} positives",
+        inputs,
+        supy.ops.sparse_multilabel_cross_entropy,
+        functools.partial(supy.ops.sparse_multilabel_cross_entropy, form="published"),
+        4,
+        functools.reduce(int.__mul__, shape),
+        40,
+    )
+
+
+def _tasks_hard(scores, targets):
+    """Each pair of classes of a task, which needs m times the memory."""
+    others = scores[..., None, :].expand(*scores.shape, scores.shape[-1])
+    own = torch.eye(scores.shape[-1], dtype=torch.bool)
+    terms = targets.log() + others.masked_fill(own, -torch.inf).logsumexp(-1) - scores
+    return torch.nn.functional.softplus(terms.logsumexp(-2)).sum(-1)
+
+
+def _tasks_soft(scores, targets):
+    terms = targets.log() + scores.mean(-1, keepdim=True) - scores
+    return torch.nn.functional.softplus(terms.logsumexp(-2)).sum(-1)
+
+
+def _tasks_row(shape, form):
+    def inputs():
+        generator = torch.Generator().manual_seed(0)
+        scores = 2 * torch.randn(shape, generator=generator)
+        return scores, scores.roll(1, -2).softmax(-1)
+
+    return _labels_row(
+        "multitask_cross_entropy",
+        f"{list(shape)} float32, {form}",
+        inputs,
+        functools.partial(supy.ops.multitask_cross_entropy, form=form),
+        {"hard": _tasks_hard, "soft": _tasks_soft}[form],
+        8,
+        functools.reduce(int.__mul__, shape),
+        60,
+    )
+
+
 ROWS = [
     _rotary_row((16, 12, 512, 64), torch.float32, True),
     _rotary_row((16, 12, 512, 64), torch.bfloat16, True),
@@ -251,5 +376,11 @@ ROWS = [
     _spans_row("full", 16, 128, 65),
     _spans_row("full", 16, 128, 217),
     _spans_row("full", 16, 128, 65, trained=False),
+    _dense_row((16, 65), "bool"),
+    _dense_row((16, 65), "hard"),
+    _dense_row((4, 65), "soft"),
+    _sparse_row((4, 65), 8),
+    _tasks_row((16, 4096, 12), "hard"),
+    _tasks_row((16, 4096, 12), "soft"),
     # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]

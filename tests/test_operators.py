@@ -74,6 +74,10 @@ def _sparse_targets(B, T, dtype):
     return [*_floats(dtype, (B, T, 5)), torch.randint(-1, 5, (B, T, 3))], {}
 
 
+def _tasks(form):
+    return lambda B, T, dtype: ([*_floats(dtype, (B, T, 3)), torch.rand(B, T, 3).to(dtype)], {"form": form})
+
+
 def _edges(G, T):
     return torch.randint(max(T, 1), (3 * G * T, 2))
 
@@ -101,6 +105,8 @@ TABLE = {
     "global_pointer_spans": Row(_full(loss=False), differentiable=False),
     "maximal_cliques": Row(_graph, differentiable=False),
     "multilabel_cross_entropy": Row(_dense_targets),
+    "multitask_cross_entropy": Row(_tasks("hard")),
+    "multitask_cross_entropy soft": Row(_tasks("soft")),
     "rotary": Row(lambda B, T, dtype: (_floats(dtype, (B, T, 6)), {}), any_order=True),
     "sparse_multilabel_cross_entropy": Row(_sparse_targets),
 }
@@ -117,7 +123,7 @@ def _arguments(name, B, T, dtype=torch.float32, seed=0):
     tensors, keywords = TABLE[name].make(B, T, dtype)
     if TABLE[name].differentiable:
         # Dense targets are floating-point and not differentiated: only what the row's operator computes with is.
-        last = 1 if name.endswith("multilabel_cross_entropy") else len(tensors)
+        last = 1 if "_cross_entropy" in name else len(tensors)
         tensors = [
             x.requires_grad_() if x.is_floating_point() and i < last else x
             for i, x in enumerate(tensors)

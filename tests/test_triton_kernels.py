@@ -29,6 +29,20 @@ def _rotary(dtype, **constants):
     return pointers | dict.fromkeys(sizes, INTEGER), constants
 
 
+def _multilabel(names, floats, **constants):
+    """Parameters named in ``names``; float32 pointers but for those in ``floats``, whose types are given."""
+    return {name: floats.get(name, "*fp32" if name in POINTERS else INTEGER) for name in names.split()}, constants
+
+
+POINTERS = ("parts", "negative", "positive", "grad_negative", "grad_positive", "losses", "grad")
+_SUMS = "scores targets parts classes positives ignore score_row target_row chunks"
+_SLOPES = (
+    "scores targets negative positive grad_negative grad_positive ds classes positives ignore score_row target_row"
+)
+_TASKS = "tasks classes chunks s0 s1 s2 t0 t1 t2"
+_SIZES = {"CHUNK": 8192, "BLOCK": 1024}
+
+
 # Arguments of the kernels of both GlobalPointers; what is not here is a size or a stride.
 _POINTER_TYPES = (
     dict.fromkeys(("lengths", "tiles", "cells", "counts", "ends"), "*i32")
@@ -72,6 +86,53 @@ KERNELS = [
     ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
     ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
     ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, BLOCK=64)),
+    *(
+        ("multilabel_cross_entropy", kernel, _multilabel(names, types, INDICES=types["targets"] == "*i64", **_SIZES))
+        for kernel, names in (("forward_kernel", _SUMS), ("backward_kernel", _SLOPES))
+        for types in (
+            {"scores": "*fp32", "targets": "*fp32", "ds": "*fp32"},
+            {"scores": "*bf16", "targets": "*u8", "ds": "*bf16"},
+            {"scores": "*fp16", "targets": "*i64", "ds": "*fp16"},
+        )
+    ),
+    (
+        "multilabel_cross_entropy",
+        "combine_kernel",
+        _multilabel("parts negative positive outside chunks", {"outside": "*fp32"}, BLOCK=8),
+    ),
+    *(
+        (
+            "multitask_cross_entropy",
+            "forward_kernel",
+            _multilabel(f"scores targets parts outside {_TASKS}", types, **sizes),
+        )
+        for types, sizes in (
+            (
+                {"scores": "*fp32", "targets": "*fp32", "outside": "*i32"},
+                {"HARD": True, "CHUNK": 1024, "TASKS": 64, "BLOCK": 16},
+            ),
+            (
+                {"scores": "*bf16", "targets": "*u8", "outside": "*i32"},
+                {"HARD": False, "CHUNK": 16, "TASKS": 1, "BLOCK": 8192},
+            ),
+        )
+    ),
+    (
+        "multitask_cross_entropy",
+        "combine_kernel",
+        _multilabel("parts losses classes chunks", {}, BLOCK=256),
+    ),
+    *(
+        (
+            "multitask_cross_entropy",
+            "backward_kernel",
+            _multilabel("scores targets losses grad ds tasks classes s0 s1 s2 t0 t1 t2", types, **sizes),
+        )
+        for types, sizes in (
+            ({"scores": "*fp32", "targets": "*fp32", "ds": "*fp32"}, {"HARD": True, "TASKS": 1, "BLOCK": 8192}),
+            ({"scores": "*fp16", "targets": "*u8", "ds": "*fp16"}, {"HARD": False, "TASKS": 64, "BLOCK": 16}),
+        )
+    ),
     *_pointers(),
 ]
 

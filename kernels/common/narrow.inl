@@ -16,6 +16,7 @@ static inline uint32_t round_to_bf16(float value) {
 
 static inline float load(const float* p) { return *p; }
 static inline float load(const bf16* p) { return float_of(static_cast<uint32_t>(p->bits) << 16); }
+static inline float load(const uint8_t* p) { return *p; }
 static inline void store(float* p, float value) { *p = value; }
 static inline void store(bf16* p, float value) { p->bits = static_cast<uint16_t>(round_to_bf16(value) >> 16); }
 

@@ -12,6 +12,27 @@ static inline vec loadv(const float* p) {
   return v;
 }
 static inline void storev(float* p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+
+static inline vec loadv(const bf16* p) {
+  halves v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return (vec)(__builtin_convertvector(v, uvec) << 16);
+}
+static inline vec loadv(const uint8_t* p) {
+  bytes v;
+  __builtin_memcpy(&v, p, sizeof v);
+  // By way of uint16_t: g++ 12 takes one byte after the other to int32_t.
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, halves), ivec), vec);
+}
+static inline void storev(bf16* p, vec v) {  // as round_to_bf16
+  const uvec word = (uvec)v, rounded = word + 0x7fff + (word >> 16 & 1), nan = word | 0x400000;
+  const halves upper = __builtin_convertvector((v != v ? nan : rounded) >> 16, halves);
+  __builtin_memcpy(p, &upper, sizeof upper);
+}
 static inline vec splat(float x) { return x - vec{}; }  // minus: adding 0 would have to turn -0 into 0
 
 // Where one is NaN: b.

@@ -19,6 +19,7 @@ from supy.ops.maximal_cliques import (
     maximal_cliques,
 )
 from supy.ops.multilabel_cross_entropy import multilabel_cross_entropy
+from supy.ops.multitask_cross_entropy import multitask_cross_entropy
 from supy.ops.rotary import rotary
 from supy.ops.sparse_multilabel_cross_entropy import sparse_multilabel_cross_entropy
 
@@ -36,6 +37,7 @@ __all__ = [
     "global_pointer_spans",
     "maximal_cliques",
     "multilabel_cross_entropy",
+    "multitask_cross_entropy",
     "rotary",
     "sparse_multilabel_cross_entropy",
 ]

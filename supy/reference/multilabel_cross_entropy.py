@@ -13,23 +13,27 @@ def multilabel_cross_entropy(scores, targets):
 
     negative = log(1 + sum (1 - t) e^s),  positive = log(1 + sum t e^-s)
     """
-    inside = ((targets >= 0) & (targets <= 1)) | (targets != targets)
-    if not inside.all():
-        at = (~inside).nonzero()[0].tolist()
-        value = targets[tuple(at)].item()
-        require(False, "multilabel_cross_entropy", f"targets{at} is {value}, expected 0 to 1")
+    check_targets("multilabel_cross_entropy", targets)
     negative, positive = _terms(scores, targets)
     return log_one_plus(negative.logsumexp(-1)), log_one_plus(positive.logsumexp(-1))
 
 
 def multilabel_cross_entropy_backward(
-    grad_negative, grad_positive, scores, targets, negative, positive
+    scores, targets, negative, positive, grad_negative, grad_positive
 ):
     """ds = (1 - t) e^(s - negative) grad_negative - t e^(-s - positive) grad_positive."""
     above, below = _terms(scores, targets)
     above.sub_(negative[..., None]).exp_().mul_(grad_negative[..., None])
     below.sub_(positive[..., None]).exp_().mul_(grad_positive[..., None])
     return above.sub_(below).to(scores.dtype)
+
+
+def check_targets(op, targets):
+    """Raises ValueError at the first target that is outside 0 to 1 and no NaN."""
+    inside = ((targets >= 0) & (targets <= 1)) | (targets != targets)
+    if not inside.all():
+        at = (~inside).nonzero()[0].tolist()
+        require(False, op, f"targets{at} is {targets[tuple(at)].item()}, expected 0 to 1")
 
 
 def _terms(scores, targets):

@@ -17,7 +17,7 @@ def sparse_multilabel_cross_entropy(scores, indices, ignore_index):
     P is left out while the negatives are summed. The published a + log(1 - e^(b - a)) cancels:
     from positive scores near 15 on it is negative or NaN in float32.
     """
-    _check(indices, scores.shape[-1], ignore_index)
+    check_indices(indices, scores.shape[-1], ignore_index)
     s = wide(scores)
     at, used = _distinct(indices, ignore_index)
     negative = s.masked_fill(_mask(at, used, s.shape[-1]), -torch.inf).logsumexp(-1)
@@ -25,7 +25,7 @@ def sparse_multilabel_cross_entropy(scores, indices, ignore_index):
 
 
 def sparse_multilabel_cross_entropy_backward(
-    grad_negative, grad_positive, scores, indices, negative, positive, ignore_index
+    scores, indices, negative, positive, grad_negative, grad_positive, ignore_index
 ):
     """ds = e^(s - negative) grad_negative outside P, -e^(-s - positive) grad_positive in P."""
     s = wide(scores)
@@ -37,7 +37,28 @@ def sparse_multilabel_cross_entropy_backward(
     return above.scatter_add_(-1, at, -below).to(scores.dtype)
 
 
-def _check(indices, classes, ignore_index):
+def published(scores, indices, ignore_index, mask_zero):
+    """The loss of post 8888 as bert4keras computes it, with its clip at 1e-7, for comparison.
+
+    a = log(1 + sum of all e^s),  b = log of the sum over ``indices`` of e^s, duplicates twice
+    loss = a + log(max(1 - e^(b - a), 1e-7)) + log(1 + sum over ``indices`` of e^-s)
+    """
+    s = wide(scores)
+    unused = indices == ignore_index
+    if mask_zero:
+        s = torch.cat([torch.full_like(s[..., :1], -torch.inf), s[..., 1:]], -1)
+        unused = unused | (indices == 0)
+    # What is unused looks up class 0, which exists.
+    own = s.gather(-1, indices.masked_fill(unused, 0))
+    zero = torch.zeros_like(s[..., :1])
+    up, down = own.masked_fill(unused, -torch.inf), (-own).masked_fill(unused, -torch.inf)
+    total = torch.cat([s, zero], -1).logsumexp(-1)
+    part = torch.cat([up, torch.full_like(zero, -torch.inf)], -1).logsumexp(-1)
+    rest = (1 - (part - total).exp()).clamp(1e-7, 1)
+    return total + rest.log() + torch.cat([down, zero], -1).logsumexp(-1)
+
+
+def check_indices(indices, classes, ignore_index):
     outside = ((indices < 0) | (indices >= classes)) & (indices != ignore_index)
     if outside.any():
         at = outside.nonzero()[0].tolist()
