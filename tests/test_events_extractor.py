@@ -27,6 +27,7 @@ from supy.events import (
 from supy.events.augment import swap_arguments
 from supy.events.batches import bucketed, collate, make_windows
 from supy.events.checkpoint import save_model
+from supy.events.model import GAUEncoder, without_overlaps
 from supy.events.tokens import CharTokenizer
 
 TINY = EncoderConfig(width=32, layers=1, value_size=32, key_size=16)
@@ -287,6 +288,35 @@ def test_swapped_arguments_are_those_of_others():
                     assert after.text[new_start:new_end] == before.text[start:end]
     assert changed > 40
     assert swap_arguments(documents, 0.0, Random(0)) == documents
+
+
+def test_where_spans_of_one_label_overlap_the_best_stays():
+    # Rows (document, label, first, last): nested, chained, of another label, of another document, apart.
+    rows = [[0, 0, 0, 3], [0, 0, 2, 5], [0, 0, 5, 6], [0, 1, 0, 3], [0, 0, 8, 8], [1, 0, 2, 5]]
+    scores = torch.tensor([2.0, 3.0, 1.0, 0.5, 0.1, 0.2])
+    spans, kept = without_overlaps(torch.tensor(rows), scores)
+    assert spans.tolist() == [rows[1], rows[3], rows[4], rows[5]] and kept.tolist() == scores[[1, 3, 4, 5]].tolist()
+
+
+def test_restoring_counts_the_hidden_characters_only():
+    torch.manual_seed(0)
+    encoder = GAUEncoder(9, torch.empty(0, dtype=torch.int64), TINY).train()
+    ids = torch.randint(2, 9, (3, 40))
+    lengths = torch.tensor([40, 20, 5])
+    given = encoder.hide(ids)
+    hidden = torch.randn(3, 40, 32)
+    expected, count = 0.0, 0
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(length):
+            if given[b, t] != ids[b, t]:
+                assert given[b, t] == encoder.UNKNOWN
+                scores = encoder.restore(hidden[b, t])
+                expected = expected - scores.log_softmax(0)[ids[b, t]] / 3 * TINY.restoring
+                count += 1
+    assert 0 < count < 30
+    torch.testing.assert_close(encoder.restoring_loss(hidden, ids, lengths, given), expected)
+    assert encoder.restoring_loss(hidden, ids, lengths, ids) == 0
+    assert encoder.eval().hide(ids) is ids
 
 
 def test_published_links_and_a_schema_of_my_own():

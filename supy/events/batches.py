@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from random import Random
 from typing import NamedTuple
 
@@ -13,16 +12,14 @@ import torch
 from supy.events.data import Document, Event
 from supy.events.decode import decode_batch
 from supy.events.labels import merge_windows, split_document, split_windows
-from supy.events.metrics import evaluate
 from supy.events.model import EventModel
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer, Tokens
 
 Tokenizer = CharTokenizer | PretrainedTokenizer
 
-THRESHOLDS = (0.4, -4.0)
-"""Of spans and of links, while training. A missing link splits an event, so links do best well below 0."""
-SPAN_THRESHOLDS, LINK_THRESHOLDS = (0.0, 0.4, 0.8), (-6.0, -4.0, -2.0)
-"""What :meth:`Predictor.tune` tries."""
+THRESHOLDS = (0.0, -4.0)
+"""Of spans and of links. A missing link splits an event, so links do best well below 0. They are fixed: to choose them on
+a few hundred held-out sentences costs more than it brings (benchmarks/NOTES.md)."""
 MOST_EVENTS = 200
 """Of one type in one window. Annotated sentences have 23 at most; a model in its first epochs may find any number."""
 
@@ -126,16 +123,6 @@ class Predictor:
         """The events of each document. undecoded: collects (document, event type) with too many to decode."""
         batches = self._batches(documents, thresholds)
         return self._events(len(documents), batches, thresholds, undecoded)
-
-    def tune(self, documents: Sequence[Document]) -> tuple[float, float]:
-        """The thresholds with the best event F1 + argument F1."""
-        batches = list(self._batches(documents, (min(SPAN_THRESHOLDS), min(LINK_THRESHOLDS))))
-
-        def total(thresholds):
-            scores = evaluate(documents, self._events(len(documents), batches, thresholds))
-            return scores.event.f1 + scores.argument.f1
-
-        return max(product(SPAN_THRESHOLDS, LINK_THRESHOLDS), key=total)
 
     @torch.inference_mode()
     def _batches(self, documents, thresholds):

@@ -25,7 +25,7 @@ from supy.events.training import TrainingOptions, train
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 class EventExtractor:
@@ -115,7 +115,6 @@ class EventExtractor:
             checkpoint=checkpoint,
             progress=progress,
         )
-        self.thresholds = self._predictor(self.model).tune(dev)
         if folder is not None:
             self.save(folder)
             checkpoint.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ class EncoderConfig:
     """Sizes of :class:`GAUEncoder`, the encoder that is trained from scratch, and what it drops while training.
 
     dropout: of what a unit adds; outer_dropout: of the embeddings and of the result. Characters and pairs are replaced by
-    the unknown one with their probability, so that the unknown ones are trained too.
+    the unknown one with their probability, so that the unknown ones are trained too; naming the characters that were
+    replaced is part of the loss, times ``restoring``.
     """
 
     width: int = 256
@@ -28,8 +30,9 @@ class EncoderConfig:
     pair_size: int = 64
     dropout: float = 0.15
     outer_dropout: float = 0.25
-    character_dropout: float = 0.05
+    character_dropout: float = 0.1
     pair_dropout: float = 0.2
+    restoring: float = 0.5
 
 
 class GAUEncoder(nn.Module):
@@ -58,6 +61,8 @@ class GAUEncoder(nn.Module):
             for _ in range(config.layers)
         )
         self.norms = nn.ModuleList(nn.RMSNorm(config.width) for _ in range(config.layers + 1))
+        self.restore = nn.Linear(config.width, vocabulary)
+        nn.init.normal_(self.restore.weight, std=0.02)
         with torch.no_grad():
             for unit in self.units:  # the sum of all branches keeps the size of one
                 unit.project_out.weight /= config.layers**0.5
@@ -70,13 +75,25 @@ class GAUEncoder(nn.Module):
         """ids int64 `[B, T]`, lengths int64 `[B]`: `[B, T, width]`."""
         visible = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         pairs = self._replace(self._pair_numbers(ids), self.config.pair_dropout, len(self.pairs))
-        ids = self._replace(ids, self.config.character_dropout, self.UNKNOWN)
         x = self.characters(ids) + self.pair_projection(self.pair_embedding(pairs)).float()
         x = self._dropout(F.rms_norm(x, (self.width,)), self.config.outer_dropout)
         for norm, unit in zip(self.norms, self.units):
             branch = unit(_shift(norm(x), visible), lengths=lengths)
             x = x + self._dropout(branch, self.config.dropout)
         return self._dropout(self.norms[-1](x), self.config.outer_dropout)
+
+    def hide(self, ids: torch.Tensor) -> torch.Tensor:
+        """``ids`` with some characters unknown, and so the pairs that they are in."""
+        return self._replace(ids, self.config.character_dropout, self.UNKNOWN)
+
+    def restoring_loss(
+        self, hidden: torch.Tensor, ids: torch.Tensor, lengths: torch.Tensor, hidden_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Of naming the characters that `hide` replaced: they teach words that the few labels do not."""
+        visible = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        replaced = visible & (ids != hidden_ids)
+        loss = F.cross_entropy(self.restore(hidden[replaced]), ids[replaced], reduction="sum")
+        return self.config.restoring * loss / len(ids)
 
     def _pair_numbers(self, ids: torch.Tensor) -> torch.Tensor:
         """The number of the pair that each character forms with the next, ``len(pairs)`` for an unknown one."""
@@ -124,6 +141,13 @@ class PretrainedEncoder(nn.Module):
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
+    def hide(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids
+
+    def restoring_loss(self, *_) -> float:
+        """None: pre-training has taught the words."""
+        return 0.0
+
 
 class EventModel(nn.Module):
     """Spans labelled (event type, role), and links between the first and the last tokens of two spans of one event.
@@ -165,15 +189,33 @@ class EventModel(nn.Module):
     def predict(
         self, hidden: torch.Tensor, lengths: torch.Tensor, thresholds: tuple[float, float]
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """(rows, scores) of the spans, head links and tail links above the thresholds (of spans, of links)."""
+        """(rows, scores) of the spans, head links and tail links above the thresholds (of spans, of links).
+
+        Where spans of one label overlap, the best one stays.
+        """
         span, link = thresholds
-        spans = self.spans.spans(hidden, threshold=span, lengths=lengths)
+        spans = without_overlaps(*self.spans.spans(hidden, threshold=span, lengths=lengths))
         first, last = _ends(spans[0], hidden)
         return (
             spans,
             self.head_links.spans(hidden, threshold=link, lengths=lengths, among=first),
             self.tail_links.spans(hidden, threshold=link, lengths=lengths, among=last),
         )
+
+
+def without_overlaps(
+    spans: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leaves out a span that overlaps a better one of its label: two guesses of where one argument ends."""
+    taken: dict[tuple[int, int], set[int]] = defaultdict(set)
+    kept = torch.zeros(len(spans), dtype=torch.bool)
+    order = scores.argsort(descending=True, stable=True)
+    for place, (document, label, first, last) in zip(order.tolist(), spans[order].tolist()):
+        tokens = range(first, last + 1)
+        if taken[document, label].isdisjoint(tokens):
+            taken[document, label].update(tokens)
+            kept[place] = True
+    return spans[kept], scores[kept]
 
 
 def _ends(spans: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,7 +39,7 @@ class TrainingOptions:
     multiplies in it. seed: of everything random.
     """
 
-    epochs: int = 24
+    epochs: int = 26
     batch_size: int = 16
     learning_rate: float = 3e-3
     warmup: float = 0.1
@@ -117,9 +117,11 @@ def train(
                 [window.tokens.offsets for window in batch],
                 typed=model.typed,
             )
+            hidden_ids = model.encoder.hide(ids)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                hidden = model(ids, lengths)
+                hidden = model(hidden_ids, lengths)
             loss = model.loss(hidden, lengths, labels)
+            loss = loss + model.encoder.restoring_loss(hidden, ids, lengths, hidden_ids)
 
             optimizer.zero_grad()
             loss.backward()
