@@ -8,7 +8,6 @@ namespace supy {
 namespace {
 
 constexpr int64_t CHUNK = 16384;  // classes that one task sums: fixed, so that the sum does not depend on the threads
-constexpr int64_t BLOCK = 1024;   // classes that stay in the first cache between two looks at them
 
 // A sum of positive terms, in units of e^shift.
 struct Sum {

@@ -5,6 +5,8 @@
 // its own side, otherwise two.
 #include "vector.inl"
 
+// Classes that stay in the first cache between two looks at them, and few enough for a lane to sum them in float32.
+static constexpr int64_t BLOCK = 64 * LANES;
 static constexpr float SLACK = 32;  // e^32 times any number of classes is far from overflow
 static constexpr float LARGEST = 3.40282347e38f;
 
