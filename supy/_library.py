@@ -29,6 +29,13 @@ class Kernel:
     run: Callable
     dtypes: tuple[torch.dtype, ...]  # of the first tensor argument
 
+    def __call__(self, *args):
+        if self.backend != "triton":
+            return self.run(*args)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+            return self.run(*args)
+
     def missing(self) -> str | None:
         """Why this kernel cannot run here, or None."""
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -111,7 +118,7 @@ def define(
 def _route(name: str, reference: Callable, kernels: tuple[Kernel, ...], device: str | None) -> Callable:
     """The function that the dispatcher calls on ``device``; None: on every device without a kernel."""
     usable = [kernel for kernel in kernels if kernel.device == device and kernel.missing() is None]
-    fastest = {dtype: kernel.run for kernel in reversed(usable) for dtype in kernel.dtypes}
+    fastest = {dtype: kernel for kernel in reversed(usable) for dtype in kernel.dtypes}
 
     def run(*args):
         if _wanted == "reference":
@@ -121,7 +128,7 @@ def _route(name: str, reference: Callable, kernels: tuple[Kernel, ...], device: 
             return fastest.get(dtype, reference)(*args)
         for kernel in usable:
             if kernel.backend == _wanted and dtype in kernel.dtypes:
-                return kernel.run(*args)
+                return kernel(*args)
         reasons = [kernel.missing() for kernel in kernels if kernel.backend == _wanted]
         reason = next(filter(None, reasons), f"it has no such kernel for {dtype} on this device")
         raise RuntimeError(f"supy.{name}: backend {_wanted!r} was asked for, but {reason}")

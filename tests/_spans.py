@@ -52,6 +52,21 @@ def rows_of(regime):
     return torch.tensor(cells)
 
 
+def dense_scores(q, k, *biases, scale=None):
+    """All scores `[B, H, T, T]`: of the full form from q, k `[B, T, H, D]`, of the efficient one with its two biases."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not biases:
+        return torch.einsum("bihd,bjhd->bhij", q, k) * scale
+    x, y = (bias.transpose(1, 2) for bias in biases)
+    return torch.einsum("bid,bjd->bij", q, k)[:, None] * scale + x[..., None] + y[:, :, None]
+
+
+def with_gradients(loss, tensors, *arguments, **options):
+    """The value, and its gradient by each of the tensors."""
+    value = loss(*tensors, *arguments, **options)
+    return [value.detach(), *torch.autograd.grad(value, tensors)]
+
+
 def mask(scores, lengths, tril):
     """-inf on hidden cells, one by one."""
     hidden = torch.zeros(scores.shape, dtype=torch.bool)

@@ -8,7 +8,16 @@ import torch
 
 import supy
 from _compare import assert_close_to_reference
-from _spans import REGIMES, LargestTensor, dense_loss, dense_spans, mask, rows_of
+from _spans import (
+    REGIMES,
+    LargestTensor,
+    dense_loss,
+    dense_scores,
+    dense_spans,
+    mask,
+    rows_of,
+    with_gradients,
+)
 from supy.reference import efficient_global_pointer as reference
 
 ops = supy.ops
@@ -34,20 +43,8 @@ def _make(regime, dtype=torch.float64):
     return [x.to(dtype).requires_grad_() for x in tensors], rows_of(regime), options
 
 
-def dense_scores(q, k, start_bias, end_bias, scale=None):
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    a = torch.einsum("bid,bjd->bij", q, k) * scale
-    x, y = start_bias.transpose(1, 2), end_bias.transpose(1, 2)
-    return a[:, None] + x[:, :, :, None] + y[:, :, None, :]
-
-
 def _dense(q, k, start_bias, end_bias, spans, lengths=None, tril=True):
     return dense_loss(mask(dense_scores(q, k, start_bias, end_bias), lengths, tril), spans)
-
-
-def _with_gradients(loss, tensors, *arguments, **options):
-    value = loss(*tensors, *arguments, **options)
-    return [value.detach(), *torch.autograd.grad(value, tensors)]
 
 
 @every_regime
@@ -65,8 +62,8 @@ def test_scores(regime):
 @every_regime
 def test_loss_in_float64_is_the_dense_one(regime):
     tensors, spans, options = _make(regime)
-    got = _with_gradients(ops.efficient_global_pointer_loss, tensors, spans, **options)
-    expected = _with_gradients(_dense, tensors, spans, **options)
+    got = with_gradients(ops.efficient_global_pointer_loss, tensors, spans, **options)
+    expected = with_gradients(_dense, tensors, spans, **options)
     for name, a, b in zip(("loss", *NAMES), got, expected):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=lambda m: f"{name}: {m}")
 
@@ -77,9 +74,9 @@ def test_loss_in_each_dtype(regime, dtype):
     """Beside the dense definition run in the same precision; half precision inputs compute in float32 there too."""
     tensors, spans, options = _make(regime, dtype)
     call = ops.efficient_global_pointer_loss
-    got = _with_gradients(call, tensors, spans, **options)
-    exact = _with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans, **options)
-    plain = _with_gradients(_dense, [x.detach().float().requires_grad_() for x in tensors], spans, **options)
+    got = with_gradients(call, tensors, spans, **options)
+    exact = with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans, **options)
+    plain = with_gradients(_dense, [x.detach().float().requires_grad_() for x in tensors], spans, **options)
     assert got[0].dtype == torch.float32
     # The factorised sum adds a, its shift and the logarithm, each rounded at the size of the largest score.
     ulps = 4 + 4 * dense_scores(*tensors).detach().double().abs().max().item()
@@ -88,7 +85,7 @@ def test_loss_in_each_dtype(regime, dtype):
         label = f"efficient_global_pointer_loss: {name}"
         assert_close_to_reference(label, got[i], exact[i], same, 2 if i == 0 else 3, ulps=ulps)
     with supy.use_backend("reference"):
-        again = _with_gradients(call, tensors, spans, **options)
+        again = with_gradients(call, tensors, spans, **options)
     for i, name in enumerate(("loss", *NAMES)):
         label = f"efficient_global_pointer_loss: {name}"
         assert_close_to_reference(label, got[i], exact[i], again[i], 2 if i == 0 else 3, ulps=ulps)
@@ -118,11 +115,11 @@ def test_heads_whose_scaled_sum_underflows(dtype, monkeypatch):
         seen.clear()
         call = functools.partial(ops.efficient_global_pointer_loss, lengths=lengths)
         with supy.use_backend("reference"):
-            results = [_with_gradients(call, tensors, spans)]
+            results = [with_gradients(call, tensors, spans)]
         assert set(map(str, seen)) == {str((0, [1]))}, "the case no longer underflows"
-        results.append(_with_gradients(call, tensors, spans))
+        results.append(with_gradients(call, tensors, spans))
         wide = [x.detach().double().requires_grad_() for x in tensors]
-        expected = _with_gradients(_dense, wide, spans, lengths=lengths)
+        expected = with_gradients(_dense, wide, spans, lengths=lengths)
         eps = torch.finfo(dtype).eps
         for got in results:
             for name, a, b in zip(("loss", *NAMES), got, expected):
@@ -138,8 +135,8 @@ def test_just_above_the_underflow():
     tensors[2][0, 7, 1] += 20
     tensors = [x.requires_grad_() for x in tensors]
     spans = torch.tensor([[0, 0, 0, 0], [0, 0, 7, 7]])
-    got = _with_gradients(ops.efficient_global_pointer_loss, tensors, spans)
-    expected = _with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans)
+    got = with_gradients(ops.efficient_global_pointer_loss, tensors, spans)
+    expected = with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans)
     for name, a, b in zip(("loss", *NAMES), got, expected):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6, msg=name)
 
@@ -169,7 +166,7 @@ def test_tokens_ruled_out_take_no_slow_path(monkeypatch):
     wide = [x.detach().float().requires_grad_() for x in tensors]
     seen = []
     monkeypatch.setattr(reference, "_scores_of", lambda *x: seen.append(x))
-    got = _with_gradients(ops.efficient_global_pointer_loss, wide, spans)
+    got = with_gradients(ops.efficient_global_pointer_loss, wide, spans)
     assert not seen
     scores = mask(dense_scores(*(x.detach() for x in tensors)), None, True)[1, :, 0, 7]
     expected = (1 + scores[0].exp()).log() + (1 + (-scores[2]).exp()).log()
@@ -180,16 +177,16 @@ def test_tokens_ruled_out_take_no_slow_path(monkeypatch):
 def test_padding_has_no_effect():
     tensors, spans, _ = _make(REGIMES["samples of length 0, 1 and T"])
     lengths = torch.tensor([0, 1, 6])
-    clean = _with_gradients(ops.efficient_global_pointer_loss, tensors, spans, lengths=lengths)
+    clean = with_gradients(ops.efficient_global_pointer_loss, tensors, spans, lengths=lengths)
     dirty = [x.detach().clone() for x in tensors]
     for x in dirty:
         x[0], x[1, 1:] = math.nan, math.inf
     dirty = [x.requires_grad_() for x in dirty]
-    for a, b in zip(_with_gradients(ops.efficient_global_pointer_loss, dirty, spans, lengths=lengths), clean):
+    for a, b in zip(with_gradients(ops.efficient_global_pointer_loss, dirty, spans, lengths=lengths), clean):
         assert torch.equal(a, b)
 
 
-def test_the_loss_alone_equals_the_loss_with_gradients():
+def test_the_loss_alone_equals_the_losswith_gradients():
     tensors, spans, options = _make(REGIMES["both triangles"])
     loss = ops.efficient_global_pointer_loss(*tensors, spans, **options)
     with torch.no_grad():

@@ -7,7 +7,16 @@ import torch
 
 import supy
 from _compare import assert_close_to_reference
-from _spans import REGIMES, LargestTensor, dense_loss, dense_spans, mask, rows_of
+from _spans import (
+    REGIMES,
+    LargestTensor,
+    dense_loss,
+    dense_scores,
+    dense_spans,
+    mask,
+    rows_of,
+    with_gradients,
+)
 from supy.reference import global_pointer as reference
 
 ops = supy.ops
@@ -28,18 +37,8 @@ def _make(regime, dtype=torch.float64):
     return [x.to(dtype).requires_grad_() for x in (q, k)], rows_of(regime), options
 
 
-def dense_scores(q, k, scale=None):
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return torch.einsum("bihd,bjhd->bhij", q, k) * scale
-
-
 def _dense(q, k, spans, lengths=None, tril=True, scale=None):
-    return dense_loss(mask(dense_scores(q, k, scale), lengths, tril), spans)
-
-
-def _with_gradients(loss, tensors, *arguments, **options):
-    value = loss(*tensors, *arguments, **options)
-    return [value.detach(), *torch.autograd.grad(value, tensors)]
+    return dense_loss(mask(dense_scores(q, k, scale=scale), lengths, tril), spans)
 
 
 @every_regime
@@ -60,8 +59,8 @@ def test_loss_in_float64_is_the_dense_one(regime, cells_at_once, monkeypatch):
     monkeypatch.setattr(reference, "CELLS_AT_ONCE", cells_at_once)
     tensors, spans, options = _make(regime)
     for scale in (None, 0.3):
-        got = _with_gradients(ops.global_pointer_loss, tensors, spans, scale=scale, **options)
-        expected = _with_gradients(_dense, tensors, spans, scale=scale, **options)
+        got = with_gradients(ops.global_pointer_loss, tensors, spans, scale=scale, **options)
+        expected = with_gradients(_dense, tensors, spans, scale=scale, **options)
         for name, a, b in zip(("loss", "dq", "dk"), got, expected):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13, msg=lambda m: f"{name}: {m}")
 
@@ -71,9 +70,9 @@ def test_loss_in_float64_is_the_dense_one(regime, cells_at_once, monkeypatch):
 def test_loss_in_each_dtype(regime, dtype):
     """Beside the dense definition run in the same precision; half precision inputs compute in float32 there too."""
     tensors, spans, options = _make(regime, dtype)
-    got = _with_gradients(ops.global_pointer_loss, tensors, spans, **options)
-    exact = _with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans, **options)
-    plain = _with_gradients(_dense, [x.detach().float().requires_grad_() for x in tensors], spans, **options)
+    got = with_gradients(ops.global_pointer_loss, tensors, spans, **options)
+    exact = with_gradients(_dense, [x.detach().double().requires_grad_() for x in tensors], spans, **options)
+    plain = with_gradients(_dense, [x.detach().float().requires_grad_() for x in tensors], spans, **options)
     assert got[0].dtype == torch.float32
     # Any order of summing q . k is as good as another: it rounds at the size of the largest score.
     ulps = 4 + 4 * dense_scores(*tensors).detach().double().abs().max().item()
@@ -96,8 +95,8 @@ def test_padding_has_no_effect():
         return scores.masked_fill(scores == -math.inf, 0).sum()
 
     for function in (ops.global_pointer_loss, scores_sum):
-        clean = _with_gradients(function, tensors, spans, lengths=lengths)
-        for a, b in zip(_with_gradients(function, dirty, spans, lengths=lengths), clean):
+        clean = with_gradients(function, tensors, spans, lengths=lengths)
+        for a, b in zip(with_gradients(function, dirty, spans, lengths=lengths), clean):
             assert torch.equal(a, b)
 
 

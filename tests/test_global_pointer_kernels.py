@@ -10,7 +10,7 @@ import torch
 
 import supy
 from _compare import assert_close_to_reference
-from _spans import dense_loss, dense_spans
+from _spans import dense_loss, dense_scores, dense_spans, with_gradients
 from supy import _extension
 
 pytestmark = pytest.mark.skipif(_extension.C is None, reason=f"no C++ kernels: {_extension.missing}")
@@ -44,21 +44,13 @@ def _make(form, sizes, dtype=torch.float64, spread=1.0):
     return [x.to(dtype).requires_grad_() for x in tensors], spans, options
 
 
-def _dense_scores(form, tensors, lengths=None, tril=True):
-    q, k, *biases = tensors
-    if form == "full":
-        s = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
-    else:
-        a = torch.einsum("bid,bjd->bij", q, k) / math.sqrt(q.shape[-1])
-        x, y = (bias.transpose(1, 2) for bias in biases)
-        s = a[:, None] + x[..., None] + y[:, :, None]
-    T = q.shape[1]
+def _visible_scores(tensors, lengths=None, tril=True):
+    s, T = dense_scores(*tensors), tensors[0].shape[1]
     token = torch.arange(T)
     seen = (token[:, None] <= token) | torch.tensor(not tril)
     if lengths is not None:
         inside = token < lengths[:, None]
-        seen = seen & inside[:, :, None] & inside[:, None, :]
-        seen = seen[:, None]
+        seen = (seen & inside[:, :, None] & inside[:, None, :])[:, None]
     return s.masked_fill(~seen, -math.inf)
 
 
@@ -66,13 +58,8 @@ def _function(form, what):
     return getattr(ops, f"{'' if form == 'full' else 'efficient_'}global_pointer_{what}")
 
 
-def _with_gradients(loss, tensors):
-    value = loss(*tensors)
-    return [value.detach(), *torch.autograd.grad(value, tensors)]
-
-
-def _dense_with_gradients(form, tensors, spans, options):
-    return _with_gradients(lambda *x: dense_loss(_dense_scores(form, x, **options), spans), tensors)
+def _dense_with_gradients(tensors, spans, options):
+    return with_gradients(lambda *x: dense_loss(_visible_scores(x, **options), spans), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -81,10 +68,10 @@ def _dense_with_gradients(form, tensors, spans, options):
 @every_form
 def test_loss_over_several_tiles(form, sizes, spread, dtype):
     tensors, spans, options = _make(form, sizes, dtype, spread)
-    got = _with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
+    got = with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
     wide = [[x.detach().to(to).requires_grad_() for x in tensors] for to in (torch.float64, torch.float32)]
-    exact, plain = (_dense_with_gradients(form, x, spans, options) for x in wide)
-    scores = _dense_scores(form, wide[0], **options).detach()
+    exact, plain = (_dense_with_gradients(x, spans, options) for x in wide)
+    scores = _visible_scores(wide[0], **options).detach()
     ulps = 4 + 4 * scores[scores.isfinite()].abs().max().item()  # what rounding a score does to its exponential
     for i, name in enumerate(("loss", "dq", "dk", "dstart_bias", "dend_bias")[: len(got)]):
         same = plain[i] if i == 0 else plain[i].to(dtype)
@@ -98,7 +85,7 @@ def test_spans_are_those_of_the_scores_to_the_bit(form, sizes, dtype):
     tensors, _, options = _make(form, sizes, dtype)
     tensors = [x.detach() for x in tensors]
     scores = _function(form, "scores")(*tensors, **options)
-    exact = _dense_scores(form, [x.double() for x in tensors], **options)
+    exact = _visible_scores([x.double() for x in tensors], **options)
     # A score is a sum of terms as large as the largest scores, and rounds in proportion to them.
     digit = 2 * torch.finfo(dtype).eps * exact[exact.isfinite()].abs().max().item()
     torch.testing.assert_close(scores.double(), exact, rtol=0, atol=digit)
@@ -120,21 +107,22 @@ def test_heads_that_underflow_over_several_tiles():
             tensors[2][..., h] = torch.linspace(-100, 100, T)  # the best start is the last token, the best end the first
             tensors[3][..., h] = torch.linspace(100, -100, T)
     tensors = [x.detach().float().requires_grad_() for x in tensors]
-    got = _with_gradients(lambda *x: ops.efficient_global_pointer_loss(*x, spans, **options), tensors)
+    got = with_gradients(lambda *x: ops.efficient_global_pointer_loss(*x, spans, **options), tensors)
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    for a, b in zip(got, _dense_with_gradients("efficient", wide, spans, options)):
+    for a, b in zip(got, _dense_with_gradients(wide, spans, options)):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=4e-5)  # a bias of 100 rounds at 8e-6
 
 
 ISA_SCRIPT = """
 import sys, torch, supy
 sys.path.insert(0, sys.argv[2])
-from test_global_pointer_kernels import FORMS, SIZES, _function, _make, _with_gradients
+from _spans import with_gradients
+from test_global_pointer_kernels import FORMS, SIZES, _function, _make
 out = []
 for form in FORMS:
     for sizes in list(SIZES.values())[1:3]:
         tensors, spans, options = _make(form, sizes, torch.float32)
-        out += _with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
+        out += with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
         out.append(_function(form, "scores")(*tensors, **options))
 torch.save(out, sys.argv[1])
 """
@@ -162,7 +150,7 @@ def test_same_bits_for_any_number_of_threads(form, B):
             results = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                result = _with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
+                result = with_gradients(lambda *x: _function(form, "loss")(*x, spans, **options), tensors)
                 plain = [x.detach() for x in tensors]
                 results.append([*result, *_function(form, "spans")(*plain, threshold=3.0, **options)])
         finally:
@@ -181,6 +169,22 @@ def test_nan_and_minus_infinity_far_from_the_first_tile(form):
     assert value.isnan()
     value = _function(form, "loss")(*tensors, spans[spans[:, 3] < 139], tril=True, lengths=torch.tensor([139]))
     assert value.isfinite()
+
+
+@every_form
+def test_gradients_handed_out_are_not_the_saved_ones(form):
+    """A gradient of 1 hands the saved gradients on without a copy: whoever gets them may write to them all the same."""
+    tensors, spans, options = _make(form, (2, 9, 3, 4, None, True), torch.float32)
+    loss = _function(form, "loss")(*tensors, spans, **options)
+    expected = [x.clone() for x in torch.autograd.grad(loss * 1.0, tensors, retain_graph=True)]
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for x, once in zip(tensors, expected):
+        torch.testing.assert_close(x.grad, 3 * once)
+        x.grad.zero_()
+    loss.backward()
+    for x, once in zip(tensors, expected):
+        assert torch.equal(x.grad, once)
 
 
 def test_errors_name_the_row_as_the_reference_does():

@@ -13,12 +13,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-# Below the skips, so that a machine without Triton can collect this file: hence the E402.
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402 below the skips, as it needs Triton
+from triton.compiler import ASTSource  # noqa: E402 below the skips, as it needs Triton
 
-import supy.kernels  # noqa: E402
-from supy.kernels.global_pointer import LAUNCH  # noqa: E402
+import supy.kernels  # noqa: E402 below the skips, as it needs Triton
+from supy.kernels.global_pointer import LAUNCH  # noqa: E402 below the skips, as it needs Triton
 
 INTEGER, CONSTANT = "i32", "constexpr"
 

@@ -33,7 +33,7 @@ struct EfficientWork {
 
   int64_t size, heads;              // D and H, padded
   float *q, *k, *k_turned;          // q is scaled; k_turned is [tiles][size][64]
-  float *dq, *dk;                   //
+  float *dq, *dk;                   // dq still lacks the scale
   float *x, *ex, *ey, *ey_turned;   // start biases; e^x and e^y, shifted; ey_turned is [tiles][heads][64]
   float *u, *v;                     // P e^y, then dx; P^T e^x, then dy
   float* shift;                     // of each row of P: its largest product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from supy._library import Gradient, Kernel, define
 
 INTEGERS = (torch.int32, torch.int64)
 NATIVE = (torch.float32, torch.bfloat16)  # what the C++ kernels read
+TRITON = (*NATIVE, torch.float16)  # and the CUDA and Triton kernels
 
 
 def check_lengths(shapes: Shapes, lengths: torch.Tensor | None, x: torch.Tensor) -> None:
@@ -44,6 +46,33 @@ def check_spans(shapes: Shapes, spans: torch.Tensor, x: torch.Tensor) -> None:
         spans.shape[1] == 4, shapes.op, f"spans has shape {list(spans.shape)}, expected [N, 4]"
     )
     shapes.same_device("spans", spans, "q", x)
+
+
+def check_targets(shapes: Shapes, scores: torch.Tensor, targets: torch.Tensor, dims: str) -> None:
+    """``scores`` are floating-point with the axes ``dims`` at the end; ``targets`` have their shape, and no gradient."""
+    op = shapes.op
+    shapes.floating("scores", scores)
+    shapes.tensor("targets", targets)
+    shape = list(scores.shape)
+    enough = scores.ndim >= len(dims.split())
+    require(enough, op, f"scores has shape {shape}, expected [..., {dims.replace(' ', ', ')}]")
+    agrees = targets.shape == scores.shape
+    require(agrees, op, f"targets has shape {list(targets.shape)}, expected {shape} (from scores)")
+    shapes.same_device("targets", targets, "scores", scores)
+    require(
+        not targets.requires_grad,
+        op,
+        "targets requires a gradient, which is not implemented: pass targets.detach()",
+    )
+
+
+def triton_kernel(module: str, name: str) -> Kernel:
+    """The function of this name in ``supy.kernels.<module>``, imported when it is first called."""
+
+    def run(*args):
+        return getattr(importlib.import_module(f"supy.kernels.{module}"), name)(*args)
+
+    return Kernel("CUDA", "triton", run, TRITON)
 
 
 def default_scale(scale: float | None, size: int) -> float:

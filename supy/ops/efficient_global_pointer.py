@@ -15,6 +15,7 @@ from supy.ops._arguments import (
     default_scale,
     define_loss,
     fake_spans,
+    triton_kernel,
     wants_gradient,
 )
 from supy.reference import efficient_global_pointer as reference
@@ -22,16 +23,6 @@ from supy.reference._masks import clear, padding, visible_cells, wide
 
 _TENSORS = "Tensor q, Tensor k, Tensor start_bias, Tensor end_bias"
 _MASKS = "Tensor? lengths, bool tril, float scale"
-
-
-def _triton(name):
-    def run(q, *args):
-        from supy.kernels import efficient_global_pointer as kernels
-
-        with torch.cuda.device_of(q):
-            return getattr(kernels, name)(q, *args)
-
-    return Kernel("CUDA", "triton", run, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _save_scores(ctx, inputs, output):
@@ -86,7 +77,10 @@ _scores = define(
         q.shape[0], start_bias.shape[2], q.shape[1], q.shape[1]
     ),
     gradient=Gradient(_save_scores, _scores_backward),
-    kernels=(Kernel("CPU", "cpp", _cpp_scores, NATIVE), _triton("efficient_global_pointer_scores")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_scores, NATIVE),
+        triton_kernel("efficient_global_pointer", "efficient_global_pointer_scores"),
+    ),
 )
 _loss = define_loss(
     "efficient_global_pointer_loss",
@@ -94,13 +88,19 @@ _loss = define_loss(
     f"Tensor spans, {_MASKS}",
     reference.efficient_global_pointer_loss,
     _fake_loss,
-    kernels=(Kernel("CPU", "cpp", _cpp_loss, NATIVE), _triton("efficient_global_pointer_loss")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_loss, NATIVE),
+        triton_kernel("efficient_global_pointer", "efficient_global_pointer_loss"),
+    ),
 )
 _spans = define(
     f"efficient_global_pointer_spans({_TENSORS}, {_MASKS}, float threshold) -> (Tensor, Tensor)",
     reference.efficient_global_pointer_spans,
     fake=fake_spans,
-    kernels=(Kernel("CPU", "cpp", _cpp_spans, NATIVE), _triton("efficient_global_pointer_spans")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_spans, NATIVE),
+        triton_kernel("efficient_global_pointer", "efficient_global_pointer_spans"),
+    ),
 )
 
 

@@ -15,22 +15,13 @@ from supy.ops._arguments import (
     default_scale,
     define_loss,
     fake_spans,
+    triton_kernel,
     wants_gradient,
 )
 from supy.reference import global_pointer as reference
 from supy.reference._masks import clear, padding, visible_cells, wide
 
 _MASKS = "Tensor? lengths, bool tril, float scale"
-
-
-def _triton(name):
-    def run(q, *args):
-        from supy.kernels import global_pointer as kernels
-
-        with torch.cuda.device_of(q):
-            return getattr(kernels, name)(q, *args)
-
-    return Kernel("CUDA", "triton", run, (torch.float32, torch.bfloat16, torch.float16))
 
 
 def _save_scores(ctx, inputs, output):
@@ -77,7 +68,10 @@ _scores = define(
     reference.global_pointer_scores,
     fake=lambda q, *_: q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[1]),
     gradient=Gradient(_save_scores, _scores_backward),
-    kernels=(Kernel("CPU", "cpp", _cpp_scores, NATIVE), _triton("global_pointer_scores")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_scores, NATIVE),
+        triton_kernel("global_pointer", "global_pointer_scores"),
+    ),
 )
 _loss = define_loss(
     "global_pointer_loss",
@@ -85,13 +79,19 @@ _loss = define_loss(
     f"Tensor spans, {_MASKS}",
     reference.global_pointer_loss,
     _fake_loss,
-    kernels=(Kernel("CPU", "cpp", _cpp_loss, NATIVE), _triton("global_pointer_loss")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_loss, NATIVE),
+        triton_kernel("global_pointer", "global_pointer_loss"),
+    ),
 )
 _spans = define(
     f"global_pointer_spans(Tensor q, Tensor k, {_MASKS}, float threshold) -> (Tensor, Tensor)",
     reference.global_pointer_spans,
     fake=fake_spans,
-    kernels=(Kernel("CPU", "cpp", _cpp_spans, NATIVE), _triton("global_pointer_spans")),
+    kernels=(
+        Kernel("CPU", "cpp", _cpp_spans, NATIVE),
+        triton_kernel("global_pointer", "global_pointer_spans"),
+    ),
 )
 
 

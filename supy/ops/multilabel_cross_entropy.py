@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 
 from supy import _extension
-from supy._checks import Shapes, require
+from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
+from supy.ops._arguments import NATIVE, TRITON, check_targets
 from supy.reference import multilabel_cross_entropy as reference
 
-
 OP = "multilabel_cross_entropy"
-WHOLE = (torch.float32, torch.bfloat16)
-HALF = (torch.bfloat16, torch.float16)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +87,8 @@ _multilabel_cross_entropy = define(
     fake=lambda scores, _: empty_halves(scores),
     gradient=Gradient(_save, _backward),
     kernels=(
-        Kernel("CPU", "cpp", _cpp, WHOLE),
-        Kernel("CUDA", "triton", _triton, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp, NATIVE),
+        Kernel("CUDA", "triton", _triton, TRITON),
     ),
 )
 _multilabel_cross_entropy_backward = define(
@@ -99,8 +97,8 @@ _multilabel_cross_entropy_backward = define(
     reference.multilabel_cross_entropy_backward,
     fake=lambda scores, *_: scores.new_empty(scores.shape),
     kernels=(
-        Kernel("CPU", "cpp", _cpp_backward, WHOLE),
-        Kernel("CUDA", "triton", _triton_backward, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp_backward, NATIVE),
+        Kernel("CUDA", "triton", _triton_backward, TRITON),
     ),
 )
 
@@ -133,19 +131,6 @@ def multilabel_cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> tor
     >>> supy.ops.multilabel_cross_entropy(scores, targets).exp()  # (1 + 3) (1 + 1)
     tensor(8.)
     """
-    op = OP
-    shapes = Shapes(op)
-    shapes.floating("scores", scores)
-    shapes.tensor("targets", targets)
-    shape = list(scores.shape)
-    require(scores.ndim >= 1, op, f"scores has shape {shape}, expected [..., K]")
-    agrees = targets.shape == scores.shape
-    require(agrees, op, f"targets has shape {list(targets.shape)}, expected {shape} (from scores)")
-    shapes.same_device("targets", targets, "scores", scores)
-    require(
-        not targets.requires_grad,
-        op,
-        "targets requires a gradient, which is not implemented: pass targets.detach()",
-    )
+    check_targets(Shapes(OP), scores, targets, "K")
     negative, positive = _multilabel_cross_entropy(scores, targets)
     return negative + positive

@@ -7,10 +7,10 @@ import torch
 from supy import _extension
 from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
-from supy.ops.multilabel_cross_entropy import HALF, WHOLE, empty_losses, readable
+from supy.ops._arguments import NATIVE, TRITON, check_targets
+from supy.ops.multilabel_cross_entropy import empty_losses, readable
 from supy.reference import multitask_cross_entropy as reference
-from supy.reference.multilabel_cross_entropy import check_targets
-
+from supy.reference.multilabel_cross_entropy import check_targets as check_values
 
 OP = "multitask_cross_entropy"
 MOST_CLASSES = 8192  # of the Triton kernels, which hold all classes of a task in registers
@@ -30,7 +30,7 @@ def _cpp(scores, targets, hard):
         return losses.zero_()
     x, t = _three_axes(scores), _three_axes(readable(OP, targets))
     if _extension.C.multitask_cross_entropy(x, t, losses.view(len(x), -1), hard):
-        check_targets(OP, targets)
+        check_values(OP, targets)
     return losses
 
 
@@ -50,7 +50,7 @@ def _triton(scores, targets, hard):
         return reference.multitask_cross_entropy(scores, targets, hard)
     losses, outside = kernel(scores, readable(OP, targets), hard)
     if outside:
-        check_targets(OP, targets)
+        check_values(OP, targets)
     return losses
 
 
@@ -77,8 +77,8 @@ _multitask_cross_entropy = define(
     fake=lambda scores, *_: _empty(scores),
     gradient=Gradient(_save, _backward),
     kernels=(
-        Kernel("CPU", "cpp", _cpp, WHOLE),
-        Kernel("CUDA", "triton", _triton, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp, NATIVE),
+        Kernel("CUDA", "triton", _triton, TRITON),
     ),
 )
 _multitask_cross_entropy_backward = define(
@@ -87,8 +87,8 @@ _multitask_cross_entropy_backward = define(
     reference.multitask_cross_entropy_backward,
     fake=lambda scores, *_: scores.new_empty(scores.shape),
     kernels=(
-        Kernel("CPU", "cpp", _cpp_backward, WHOLE),
-        Kernel("CUDA", "triton", _triton_backward, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp_backward, NATIVE),
+        Kernel("CUDA", "triton", _triton_backward, TRITON),
     ),
 )
 
@@ -128,19 +128,6 @@ def multitask_cross_entropy(
     >>> supy.ops.multitask_cross_entropy(scores, targets).exp()  # 1 + 2
     tensor(3.)
     """
-    op = OP
-    shapes = Shapes(op)
-    shapes.floating("scores", scores)
-    shapes.tensor("targets", targets)
-    shape = list(scores.shape)
-    require(scores.ndim >= 2, op, f"scores has shape {shape}, expected [..., n, m]")
-    agrees = targets.shape == scores.shape
-    require(agrees, op, f"targets has shape {list(targets.shape)}, expected {shape} (from scores)")
-    shapes.same_device("targets", targets, "scores", scores)
-    require(
-        not targets.requires_grad,
-        op,
-        "targets requires a gradient, which is not implemented: pass targets.detach()",
-    )
-    require(form in ("hard", "soft"), op, f"form is {form!r}, expected 'hard' or 'soft'")
+    check_targets(Shapes(OP), scores, targets, "n m")
+    require(form in ("hard", "soft"), OP, f"form is {form!r}, expected 'hard' or 'soft'")
     return _multitask_cross_entropy(scores, targets, form == "hard").sum(-1)

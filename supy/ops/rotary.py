@@ -10,6 +10,7 @@ import torch
 from supy import _extension
 from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
+from supy.ops._arguments import NATIVE, TRITON, triton_kernel
 from supy.reference.rotary import rotary as reference
 
 
@@ -17,12 +18,6 @@ def _cpp(x, cosine, sine, interleaved, inverse):
     out = torch.empty_like(x)
     _extension.C.rotary(x, cosine, sine, out, interleaved, inverse)
     return out
-
-
-def _triton(*args):
-    from supy.kernels.rotary import rotary as kernel
-
-    return kernel(*args)
 
 
 def _save(ctx, inputs, output):
@@ -35,16 +30,15 @@ def _backward(ctx, grad):
     return _rotary(grad, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None
 
 
-_half = (torch.bfloat16, torch.float16)
 _rotary = define(
     "rotary(Tensor x, Tensor cosine, Tensor sine, bool interleaved, bool inverse) -> Tensor",
     reference,
     fake=lambda x, *_: torch.empty_like(x),
     gradient=Gradient(_save, _backward),
     kernels=(
-        Kernel("CPU", "cpp", _cpp, (torch.float32, torch.bfloat16)),
-        Kernel("CUDA", "cuda", _cpp, (torch.float32, *_half)),
-        Kernel("CUDA", "triton", _triton, (torch.float32, *_half)),
+        Kernel("CPU", "cpp", _cpp, NATIVE),
+        Kernel("CUDA", "cuda", _cpp, TRITON),
+        triton_kernel("rotary", "rotary"),
     ),
 )
 

@@ -7,7 +7,8 @@ import torch
 from supy import _extension
 from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
-from supy.ops.multilabel_cross_entropy import HALF, WHOLE, empty_halves, flat, rows
+from supy.ops._arguments import NATIVE, TRITON
+from supy.ops.multilabel_cross_entropy import empty_halves, flat, rows
 from supy.reference import sparse_multilabel_cross_entropy as reference
 
 
@@ -63,8 +64,8 @@ _sparse_multilabel_cross_entropy = define(
     fake=lambda scores, *_: empty_halves(scores),
     gradient=Gradient(_save, _backward),
     kernels=(
-        Kernel("CPU", "cpp", _cpp, WHOLE),
-        Kernel("CUDA", "triton", _triton, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp, NATIVE),
+        Kernel("CUDA", "triton", _triton, TRITON),
     ),
 )
 _sparse_multilabel_cross_entropy_backward = define(
@@ -73,8 +74,8 @@ _sparse_multilabel_cross_entropy_backward = define(
     reference.sparse_multilabel_cross_entropy_backward,
     fake=lambda scores, *_: scores.new_empty(scores.shape),
     kernels=(
-        Kernel("CPU", "cpp", _cpp_backward, WHOLE),
-        Kernel("CUDA", "triton", _triton_backward, (torch.float32, *HALF)),
+        Kernel("CPU", "cpp", _cpp_backward, NATIVE),
+        Kernel("CUDA", "triton", _triton_backward, TRITON),
     ),
 )
 
