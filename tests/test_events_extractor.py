@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from supy.events import (
     evaluate,
     generate_sample,
 )
+from supy.events import batches
 from supy.events.augment import swap_arguments
 from supy.events.batches import bucketed, collate, make_windows
 from supy.events.checkpoint import save_model
@@ -296,6 +298,27 @@ def test_where_spans_of_one_label_overlap_the_best_stays():
     scores = torch.tensor([2.0, 3.0, 1.0, 0.5, 0.1, 0.2])
     spans, kept = without_overlaps(torch.tensor(rows), scores)
     assert spans.tolist() == [rows[1], rows[3], rows[4], rows[5]] and kept.tolist() == scores[[1, 3, 4, 5]].tolist()
+
+
+@pytest.mark.parametrize(
+    "event_f1, chosen",
+    [
+        ({-6: 0.10, -4: 0.12, -2: 0.135, 0: 0.10}, -4),  # better by less than the margin
+        ({-6: 0.10, -4: 0.12, -2: 0.15, 0: 0.70}, 0),
+        ({-6: 0.16, -4: 0.12, -2: 0.12, 0: 0.12}, -6),
+    ],
+)
+def test_thresholds_of_links_move_only_where_it_pays(event_f1, chosen, monkeypatch):
+    predictor = batches.Predictor(None, None, 64, 8, False)
+    documents = generate_sample(3)
+    monkeypatch.setattr(batches.Predictor, "_batches", lambda self, documents, thresholds: [thresholds])
+    monkeypatch.setattr(batches.Predictor, "_events", lambda self, count, found, thresholds: thresholds)
+
+    def scores(documents, thresholds):
+        return SimpleNamespace(event=SimpleNamespace(f1=event_f1[thresholds[1]]), argument=SimpleNamespace(f1=0.6))
+
+    monkeypatch.setattr(batches, "evaluate", scores)
+    assert predictor.tune(documents) == (0.0, chosen)
 
 
 def test_restoring_counts_the_hidden_characters_only():

@@ -12,14 +12,18 @@ import torch
 from supy.events.data import Document, Event
 from supy.events.decode import decode_batch
 from supy.events.labels import merge_windows, split_document, split_windows
+from supy.events.metrics import evaluate
 from supy.events.model import EventModel
 from supy.events.tokens import CharTokenizer, PretrainedTokenizer, Tokens
 
 Tokenizer = CharTokenizer | PretrainedTokenizer
 
 THRESHOLDS = (0.0, -4.0)
-"""Of spans and of links. A missing link splits an event, so links do best well below 0. They are fixed: to choose them on
-a few hundred held-out sentences costs more than it brings (benchmarks/NOTES.md)."""
+"""Of spans and of links, while training and unless :meth:`Predictor.tune` finds better ones. A missing link splits an
+event, so where links are hard to learn they do best well below 0."""
+LINK_THRESHOLDS, MARGIN = (-6.0, -4.0, -2.0, 0.0), 0.02
+"""What `tune` tries, and by how much the sum of both F1 must grow: less is noise on a few hundred sentences, and to choose
+by it costs more than it brings (benchmarks/NOTES.md)."""
 MOST_EVENTS = 200
 """Of one type in one window. Annotated sentences have 23 at most; a model in its first epochs may find any number."""
 
@@ -123,6 +127,19 @@ class Predictor:
         """The events of each document. undecoded: collects (document, event type) with too many to decode."""
         batches = self._batches(documents, thresholds)
         return self._events(len(documents), batches, thresholds, undecoded)
+
+    def tune(self, documents: Sequence[Document]) -> tuple[float, float]:
+        """Thresholds for documents like these: the usual ones, unless other links are clearly better."""
+        span, usual = THRESHOLDS
+        batches = list(self._batches(documents, (span, min(LINK_THRESHOLDS))))
+
+        def total(link):
+            scores = evaluate(documents, self._events(len(documents), batches, (span, link)))
+            return scores.event.f1 + scores.argument.f1
+
+        totals = {link: total(link) for link in LINK_THRESHOLDS}
+        best = max(totals, key=totals.get)
+        return span, best if totals[best] > totals[usual] + MARGIN else usual
 
     @torch.inference_mode()
     def _batches(self, documents, thresholds):

@@ -115,6 +115,7 @@ class EventExtractor:
             checkpoint=checkpoint,
             progress=progress,
         )
+        self.thresholds = self._predictor(self.model).tune(dev)
         if folder is not None:
             self.save(folder)
             checkpoint.remove()
