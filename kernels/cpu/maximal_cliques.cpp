@@ -432,7 +432,7 @@ void enumerate_one(const CliqueParams& p, int threads, Lists& out, std::atomic<b
     });
   }
 
-  constexpr int64_t kWorthThreads = 1 << 15;
+  constexpr int64_t kWorthThreads = 1 << 13;
   const int64_t num_tasks = tasks.size(), most = p.limit < 0 ? std::numeric_limits<int64_t>::max() : p.limit;
   std::vector<Array> found(threads), stacks(threads);
   std::vector<Poll> polls;

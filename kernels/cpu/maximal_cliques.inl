@@ -160,7 +160,7 @@ void write_masks(uint64_t* begin, uint64_t* end, const uint64_t* prefix, int64_t
     uint64_t mask = *m;
     *m = next - base;
     for (int64_t i = 0; i < prefix_size; ++i) *next++ = prefix[i];
-#ifdef __AVX512F__
+#if SUPY_LANES == 16
     if (end - m > 8) {  // a store reaches at most seven nodes too far, into cliques that are written later
       mask = bits::reversed(mask);
       for (int i = 0; mask; i += 8, mask >>= 8) {
