@@ -6,8 +6,9 @@ import torch
 
 from supy._checks import Shapes, require
 from supy._library import Gradient, define
-from supy.ops._arguments import check_integer, check_lengths, check_like, default_scale
+from supy.ops._arguments import check_integer, check_lengths, check_like, default_scale, wants_gradient
 from supy.reference import gau_attention as reference
+from supy.reference._masks import stats_dtype
 
 KERNELS = ("relu2", "softmax", "softmax_plus")
 _OPTIONS = (
@@ -16,15 +17,25 @@ _OPTIONS = (
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.kernel, ctx.causal, ctx.scale, ctx.relu2_length = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, u, lengths, cu_seqlens, *ctx.options, _ = inputs
+    _, attended, stats = output
+    ctx.mark_non_differentiable(attended, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, u, output[0] if u is None else attended, stats, lengths, cu_seqlens)
 
 
-def _backward(ctx, grad):
-    q, k, v, u, lengths, cu_seqlens = ctx.saved_tensors
-    options = lengths, cu_seqlens, ctx.kernel, ctx.causal, ctx.scale, ctx.relu2_length
-    dq, dk, dv, du = _gau_attention_backward(grad, q, k, v, u, *options)
-    return dq, dk, dv, None if u is None else du, *(None,) * 6
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    u = ctx.saved_tensors[3]
+    dq, dk, dv, du = _gau_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None if u is None else du, *(None,) * 7
+
+
+def _fake(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save):
+    attended = v.new_empty(v.shape if save and u is not None else 0)
+    stats = q.new_empty(q.shape[:2] if save and kernel != "relu2" else 0, dtype=stats_dtype(q.dtype))
+    return v.new_empty(v.shape), attended, stats
 
 
 def _fake_backward(grad, q, k, v, u, *_):
@@ -33,15 +44,17 @@ def _fake_backward(grad, q, k, v, u, *_):
     )
 
 
+# With `save`, what the gradient needs besides the inputs: A v where there is a gate, and each row's log-sum-exp of S where
+# there is a softmax. Otherwise both are empty.
 _gau_attention = define(
-    f"gau_attention(Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}) -> Tensor",
+    f"gau_attention(Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
     reference.gau_attention,
-    fake=lambda q, k, v, *_: v.new_empty(v.shape),
+    fake=_fake,
     gradient=Gradient(_save, _backward),
 )
 _gau_attention_backward = define(
-    f"gau_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "gau_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? u, Tensor attended, Tensor stats, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.gau_attention_backward,
     fake=_fake_backward,
 )
@@ -120,4 +133,5 @@ def gau_attention(
         require(relu2_length > 0, op, f"relu2_length is {relu2_length}, expected more than 0")
         relu2_length = float(relu2_length)
     scale = default_scale(scale, shapes["S"])
-    return _gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
+    save = wants_gradient(*(x for x in (q, k, v, u) if x is not None))
+    return _gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save)[0]

@@ -9,7 +9,12 @@ from supy._checks import require
 
 def wide(x: torch.Tensor) -> torch.Tensor:
     """``x`` in the dtype to accumulate in: float64 for float64, else float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(stats_dtype(x.dtype))
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over what is in ``dtype``, as of :func:`wide`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_lengths(op: str, lengths: torch.Tensor | None, tokens: int) -> None:

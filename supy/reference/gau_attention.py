@@ -10,23 +10,26 @@ from supy._checks import require
 from supy.reference._masks import check_lengths, clear, padding, visible_cells, wide
 
 
-def gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
+def gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save):
     """O = u * (A v), with A from `_attention`.
 
     q, k `[B, T, S]`, v, u `[B, T, E]`, u may be None. Post 8934: O = (U . A V) W_o. Half precision has its scores and their
-    sums in float32, and A in its own dtype for the product with v, which adds up in float32.
+    sums in float32, and A in its own dtype for the product with v, which adds up in float32. With ``save`` also returns A v
+    and the row's log-sum-exp, each empty where the gradient does not need it.
     """
     _check("gau_attention", lengths, cu_seqlens, q.shape[1])
     padded = padding(lengths, q.shape[1])
-    A, _, _ = _attention(wide(q), wide(k), lengths, cu_seqlens, kernel, causal, scale, relu2_length)
-    out = A.to(v.dtype) @ clear(v, padded)
-    if u is not None:
-        out.mul_(u)
-    return out if padded is None else out.masked_fill_(padded, 0)
+    A, _, _, stats = _attention(wide(q), wide(k), lengths, cu_seqlens, kernel, causal, scale, relu2_length)
+    attended = clear(A.to(v.dtype) @ clear(v, padded), padded)
+    nothing = stats.new_empty(0)
+    stats = stats if save and kernel != "relu2" else nothing
+    if u is None:
+        return attended, v.new_empty(0), stats
+    return clear(attended * u, padded), attended if save else v.new_empty(0), stats
 
 
 def gau_attention_backward(
-    grad, q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length
+    grad, q, k, v, u, attended, stats, lengths, cu_seqlens, kernel, causal, scale, relu2_length
 ):
     """Gradients for q, k, v and u (an empty tensor without u); the scores are computed again.
 
@@ -37,14 +40,13 @@ def gau_attention_backward(
     padded = padding(lengths, q.shape[1])
     dtype = q.dtype
     q, k, v = clear(wide(q), padded), clear(wide(k), padded), clear(v, padded)
-    A, slope, factor = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
-    weights = A.to(dtype)
+    A, slope, factor, _ = _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length)
     grad = clear(grad, padded)
     du = q.new_empty(0, dtype=dtype)
     if u is not None:
-        du = (weights @ v).mul_(grad)
+        du = grad * attended
         grad = clear(grad * u, padded)
-    dv = weights.mT @ grad
+    dv = A.to(dtype).mT @ grad
     dA = wide(grad @ v.mT)
     if kernel == "relu2":
         dS = dA.mul_(slope)
@@ -55,7 +57,7 @@ def gau_attention_backward(
 
 
 def _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
-    """A `[B, T, T]`; its slope dA/dS for relu2, else None; and the factor in S = factor * q k^T.
+    """A `[B, T, T]`; its slope dA/dS for relu2, else None; the factor in S = factor * q k^T; log-sum-exp of S.
 
         relu2: A = relu(S)^2 / l    softmax: A = exp(S) / sum over visible keys of exp(S)
         softmax_plus: softmax with S * log(max(l, 16)) / log 512 (post 8823; floor as bert4keras)
@@ -78,9 +80,9 @@ def _attention(q, k, lengths, cu_seqlens, kernel, causal, scale, relu2_length):
     if kernel == "relu2":
         S = S.masked_fill_(~visible, 0).relu_()
         divisor = count.clamp(min=1) if relu2_length is None else relu2_length
-        return S.square() / divisor, 2 * S / divisor, factor
-    A = S.masked_fill_(~visible, -torch.inf).softmax(-1)
-    return A.masked_fill_(count == 0, 0), None, factor
+        return S.square() / divisor, 2 * S / divisor, factor, S.new_empty(0)
+    S = S.masked_fill_(~visible, -torch.inf)
+    return S.softmax(-1).masked_fill_(count == 0, 0), None, factor, S.logsumexp(-1)
 
 
 def _check(op, lengths, cu_seqlens, T):
