@@ -10,6 +10,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace supy {
 
 enum class InstructionSet { generic, avx2, avx512 };
@@ -19,7 +25,7 @@ inline const char* name_of(InstructionSet set) {
   return names[static_cast<int>(set)];
 }
 
-// Asked once. SUPY_ISA=generic or avx2 steps down, to test those builds on a newer processor.
+// Asked once. SUPY_ISA=generic or avx2 steps down, to test those builds on a newer processor; see matrix_unit for the rest.
 inline InstructionSet instruction_set() {
   static const InstructionSet found = [] {
     const char* wanted = std::getenv("SUPY_ISA");
@@ -50,5 +56,31 @@ inline InstructionSet instruction_set() {
 struct bf16 {
   uint16_t bits;
 };
+
+enum class FloatType { f32, bf16 };
+
+// What multiplies matrices of bfloat16: avx512_bf16 (pairs), amx_bf16 (tiles), or the units for float32 after a conversion.
+enum class MatrixUnit { none, pairs, tiles };
+
+// Asked once. SUPY_ISA=avx512 and what is below step down from both, bf16_pairs from tiles.
+inline MatrixUnit matrix_unit() {
+  static const MatrixUnit found = [] {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+    const char* wanted = std::getenv("SUPY_ISA");
+    if (instruction_set() != InstructionSet::avx512 || (wanted && !std::strcmp(wanted, "avx512")))
+      return MatrixUnit::none;
+    unsigned eax, ebx, ecx, edx;
+    const bool pairs = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+    const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 22 & 1) && (edx >> 24 & 1);
+    constexpr long request_permission = 0x1023, tile_data = 18;  // of arch_prctl: the kernel saves tiles on request only
+    if (pairs && tiles && !(wanted && !std::strcmp(wanted, "bf16_pairs")) &&
+        syscall(SYS_arch_prctl, request_permission, tile_data) == 0)
+      return MatrixUnit::tiles;
+    if (pairs) return MatrixUnit::pairs;
+#endif
+    return MatrixUnit::none;
+  }();
+  return found;
+}
 
 }  // namespace supy

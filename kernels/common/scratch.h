@@ -1,0 +1,42 @@
+// Memory for the work of a kernel.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace supy {
+
+// Uninitialised floats, aligned to cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (4 * floats + 64) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  float* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
+// Hands out pieces of one block: first a run without memory to learn the size, then one with it.
+class Pieces {
+ public:
+  explicit Pieces(float* base) : base_(base) {}
+  float* take(int64_t floats) {
+    float* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (floats + 15) / 16 * 16;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+}  // namespace supy
