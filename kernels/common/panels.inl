@@ -59,6 +59,7 @@ struct Float32 {
   template <class Source>
   static vec across(const Source& in, int64_t w, int64_t i) { return in(w, i); }
   static vec add(vec sum, vec a, vec b) { return sum + a * b; }
+  static vec rounded(vec x) { return x; }  // to what a panel holds
 };
 
 #if SUPY_LANES == 16
@@ -71,6 +72,14 @@ static inline vec two_as_bf16(vec first, vec second) {
 
 struct Bfloat16 {
   static constexpr int WORD = 2;
+
+  static vec rounded(vec x) {
+    typedef uint16_t shorts __attribute__((vector_size(64)));
+    const shorts both = (shorts)two_as_bf16(vec{}, x);  // x in the upper half, moved to the upper half of each word
+    shorts order;
+    for (int l = 0; l < 32; ++l) order[l] = l % 2 ? 16 + l / 2 : 0;
+    return (vec)__builtin_shuffle(both, order);
+  }
 
   template <class Source>
   static vec along(const Source& in, int64_t i, int64_t w) { return two_as_bf16(in(i, 2 * w), in(i, 2 * w + LANES)); }
@@ -153,11 +162,12 @@ static inline void put(float* panel, int64_t depth, int64_t row, int64_t word, c
   }
 }
 
-// Rows [first, first + count) of a panel from the rows of `in`, whose columns are the depth; `first` a multiple of LANES.
+// Rows [first, first + count) of a panel of this depth, of which `words` are written, from the rows of `in`, whose columns
+// are the depth. `first`, `count` and `words` are multiples of LANES; `panel` may point to a later word of the depth.
 template <class Engine, Side side, class Source>
-static inline void pack_rows(const Source& in, int64_t first, int64_t count, int64_t depth, float* panel) {
+static inline void pack_rows(const Source& in, int64_t first, int64_t count, int64_t words, int64_t depth, float* panel) {
   for (int64_t i = first; i < first + count; i += LANES)
-    for (int64_t w = 0; w < depth; w += LANES) {
+    for (int64_t w = 0; w < words; w += LANES) {
       vec block[LANES];
 #pragma GCC unroll 16
       for (int l = 0; l < LANES; ++l) block[l] = Engine::along(in, i + l, w);
@@ -168,8 +178,8 @@ static inline void pack_rows(const Source& in, int64_t first, int64_t count, int
 
 // The same from the columns of `in`, whose rows are the depth.
 template <class Engine, Side side, class Source>
-static inline void pack_columns(const Source& in, int64_t first, int64_t count, int64_t depth, float* panel) {
-  for (int64_t w = 0; w < depth; w += LANES)
+static inline void pack_columns(const Source& in, int64_t first, int64_t count, int64_t words, int64_t depth, float* panel) {
+  for (int64_t w = 0; w < words; w += LANES)
     for (int64_t i = first; i < first + count; i += LANES) {
       vec block[LANES];
 #pragma GCC unroll 16

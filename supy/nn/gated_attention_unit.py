@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from supy import ops
 
@@ -46,14 +45,23 @@ class GatedAttentionUnit(nn.Module):
         for projection in (self.project_in, self.project_out):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
-    def forward(self, x: torch.Tensor, *, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """x `[B, T, dim]`, lengths int `[B]` or None: `[B, T, dim]`."""
-        u, v, z = F.silu(self.project_in(x)).split(self.sizes, -1)
-        q, k = (
-            ops.rotary(z * scale + offset)
-            for scale, offset in zip(self.scale.to(z.dtype), self.offset.to(z.dtype), strict=True)
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        lengths: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x `[B, T, dim]`; lengths int `[B]` or cu_seqlens int `[N + 1]` or neither: `[B, T, dim]`."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return ops.gated_attention_unit(
+            x.to(dtype),
+            self.project_in.weight.to(dtype),
+            self.project_out.weight.to(dtype),
+            self.scale,
+            self.offset,
+            kernel=self.kernel,
+            causal=self.causal,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
         )
-        attended = ops.gau_attention(
-            q, k, v, u, kernel=self.kernel, causal=self.causal, lengths=lengths
-        )
-        return self.project_out(attended)

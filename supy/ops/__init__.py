@@ -5,6 +5,7 @@ from supy.ops.efficient_global_pointer import (
     efficient_global_pointer_scores,
     efficient_global_pointer_spans,
 )
+from supy.ops.gated_attention_unit import gated_attention_unit
 from supy.ops.gau_attention import gau_attention
 from supy.ops.global_pointer import (
     global_pointer_loss,
@@ -31,6 +32,7 @@ __all__ = [
     "efficient_global_pointer_loss",
     "efficient_global_pointer_scores",
     "efficient_global_pointer_spans",
+    "gated_attention_unit",
     "gau_attention",
     "global_pointer_loss",
     "global_pointer_scores",

@@ -83,6 +83,11 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
+def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``x``, copied where its last axis is not contiguous: kernels read rows in one piece."""
+    return x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
+
+
 def define_loss(
     name: str,
     tensors: tuple[str, ...],

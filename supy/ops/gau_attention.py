@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import torch
 
+from supy import _extension
 from supy._checks import Shapes, require
-from supy._library import Gradient, define
-from supy.ops._arguments import check_integer, check_lengths, check_like, default_scale, wants_gradient
+from supy._library import Gradient, Kernel, define
+from supy.ops._arguments import (
+    NATIVE,
+    check_integer,
+    check_lengths,
+    check_like,
+    default_scale,
+    unit_stride,
+    wants_gradient,
+)
 from supy.reference import gau_attention as reference
 from supy.reference._masks import stats_dtype
 
 KERNELS = ("relu2", "softmax", "softmax_plus")
-_OPTIONS = (
+OPTIONS = (
     "Tensor? lengths, Tensor? cu_seqlens, str kernel, bool causal, float scale, float? relu2_length"
 )
 
@@ -34,8 +43,29 @@ def _backward(ctx, grad, *_):
 
 def _fake(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save):
     attended = v.new_empty(v.shape if save and u is not None else 0)
-    stats = q.new_empty(q.shape[:2] if save and kernel != "relu2" else 0, dtype=stats_dtype(q.dtype))
-    return v.new_empty(v.shape), attended, stats
+    return v.new_empty(v.shape), attended, stats_like(q, kernel, save)
+
+
+def stats_like(x: torch.Tensor, kernel: str, save: bool) -> torch.Tensor:
+    """Room for the log-sum-exp of each row of x `[B, T, n]`, empty where there is none to keep."""
+    return x.new_empty(x.shape[:2] if save and kernel != "relu2" else 0, dtype=stats_dtype(x.dtype))
+
+
+def check_options(shapes: Shapes, x: torch.Tensor, name: str, kernel, lengths, cu_seqlens, relu2_length) -> float | None:
+    """Checks what all forms of this attention take besides tensors, on the device of ``x``; returns the divisor."""
+    op = shapes.op
+    require(kernel in KERNELS, op, f"kernel is {kernel!r}, expected one of {', '.join(KERNELS)}")
+    check_lengths(shapes, lengths, x)
+    if cu_seqlens is not None:
+        shapes.match("cu_seqlens", cu_seqlens, "N+1")
+        check_integer(shapes, "cu_seqlens", cu_seqlens)
+        shapes.same_device("cu_seqlens", cu_seqlens, name, x)
+        require(lengths is None, op, "lengths and cu_seqlens exclude each other")
+        require(shapes["B"] == 1, op, f"{name} has batch size {shapes['B']}, expected 1 with cu_seqlens")
+    if relu2_length is None:
+        return None
+    require(relu2_length > 0, op, f"relu2_length is {relu2_length}, expected more than 0")
+    return float(relu2_length)
 
 
 def _fake_backward(grad, q, k, v, u, *_):
@@ -44,19 +74,35 @@ def _fake_backward(grad, q, k, v, u, *_):
     )
 
 
+def _cpp(q, k, v, u, *options):
+    out, attended, stats = _fake(q, k, v, u, *options)
+    tensors = [unit_stride(x) for x in (q, k, v, u)]
+    _extension.C.gau_attention(*tensors, *options[:-1], out, attended, stats)
+    return out, attended, stats
+
+
+def _cpp_backward(grad, q, k, v, u, attended, *rest):
+    gradients = _fake_backward(grad, q, k, v, u)
+    tensors = [unit_stride(x) for x in (grad, q, k, v, u, attended)]
+    _extension.C.gau_attention_backward(*tensors, *rest, *gradients)
+    return gradients
+
+
 # With `save`, what the gradient needs besides the inputs: A v where there is a gate, and each row's log-sum-exp of S where
 # there is a softmax. Otherwise both are empty.
 _gau_attention = define(
-    f"gau_attention(Tensor q, Tensor k, Tensor v, Tensor? u, {_OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
+    f"gau_attention(Tensor q, Tensor k, Tensor v, Tensor? u, {OPTIONS}, bool save) -> (Tensor, Tensor, Tensor)",
     reference.gau_attention,
     fake=_fake,
     gradient=Gradient(_save, _backward),
+    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE),),
 )
 _gau_attention_backward = define(
     "gau_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? u, Tensor attended, Tensor stats, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.gau_attention_backward,
     fake=_fake_backward,
+    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE),),
 )
 
 
@@ -121,17 +167,7 @@ def gau_attention(
     check_like(shapes, "v", v, "B T E", q)
     if u is not None:
         check_like(shapes, "u", u, "B T E", q)
-    require(kernel in KERNELS, op, f"kernel is {kernel!r}, expected one of {', '.join(KERNELS)}")
-    check_lengths(shapes, lengths, q)
-    if cu_seqlens is not None:
-        shapes.match("cu_seqlens", cu_seqlens, "N+1")
-        check_integer(shapes, "cu_seqlens", cu_seqlens)
-        shapes.same_device("cu_seqlens", cu_seqlens, "q", q)
-        require(lengths is None, op, "lengths and cu_seqlens exclude each other")
-        require(shapes["B"] == 1, op, f"q has batch size {shapes['B']}, expected 1 with cu_seqlens")
-    if relu2_length is not None:
-        require(relu2_length > 0, op, f"relu2_length is {relu2_length}, expected more than 0")
-        relu2_length = float(relu2_length)
+    relu2_length = check_options(shapes, q, "q", kernel, lengths, cu_seqlens, relu2_length)
     scale = default_scale(scale, shapes["S"])
     save = wants_gradient(*(x for x in (q, k, v, u) if x is not None))
     return _gau_attention(q, k, v, u, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save)[0]

@@ -80,10 +80,7 @@ def rotary(
     half = x.shape[-1] // 2
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if positions is None:
-        # Fake tensors, subclasses and graphs under compilation must not share tables with plain tensors.
-        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        table = _cached_arange_table if plain else _arange_table
-        cosine, sine = table(x.shape[-2], half, float(base), x.device, precise)
+        cosine, sine = arange_table(x, x.shape[-2], half, float(base))
     else:
         shapes.tensor("positions", positions)
         shapes.same_device("positions", positions, "x", x)
@@ -106,6 +103,15 @@ def rotary(
             part.expand(*x.shape[:-1], half).reshape(fold, *x.shape[-3:-1], half) for part in (cosine, sine)
         )
     return _rotary(x.reshape(fold, *x.shape[-3:]), cosine, sine, interleaved, False).view(x.shape)
+
+
+def arange_table(x: torch.Tensor, length: int, half: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine `[length, half]` for positions 0 to length - 1, on the device of ``x`` and as precise as it needs."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Fake tensors, subclasses and graphs under compilation must not share tables with plain tensors.
+    plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    table = _cached_arange_table if plain else _arange_table
+    return table(length, half, base, x.device, precise)
 
 
 def _table(positions, half, base, dtype):

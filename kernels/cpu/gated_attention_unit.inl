@@ -1,0 +1,175 @@
+// The projections around gated attention. Each is a product whose operands and results are read, activated, gated and
+// rotated on the way, so that the unit keeps h and A v between forward and backward and nothing else of their size.
+#include "gau_attention.inl"
+
+// Pairs of neighbours turned by the angle of their token; sign 1 or, back, -1.
+static inline vec rotate_pairs(vec x, const float* cosine, const float* sine, int64_t pairs, float sign) {
+  ivec twice, other;
+  vec signs;
+  for (int l = 0; l < LANES; ++l) twice[l] = l / 2, other[l] = l ^ 1, signs[l] = l % 2 ? sign : -sign;
+  const vec c = __builtin_shuffle(load_some(cosine, at_most(pairs, LANES / 2)), twice);
+  const vec s = __builtin_shuffle(load_some(sine, at_most(pairs, LANES / 2)), twice);
+  return x * c + __builtin_shuffle(x, other) * s * signs;
+}
+
+template <class Engine, class T>
+struct Unit : Gau<Engine, T> {
+  using Base = Gau<Engine, T>;
+  using Base::BACKWARD, Base::FORWARD, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::left_at,
+      Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
+  static constexpr int64_t STRIP = 480;  // columns of h that are made at once
+
+  // Rows [first, first + STRIP) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
+  static void pack_weight(const void* data, int64_t rows, int64_t columns, bool turned, int64_t first, float* panel) {
+    const Rows<T> weight{static_cast<const T*>(data), columns, rows, columns};
+    const int64_t count = padded<Engine, R>(at_most(STRIP, (turned ? columns : rows) - first));
+    if (turned)
+      pack_columns<Engine, R>(weight, first, count, depth(rows), depth(rows), panel);
+    else
+      pack_rows<Engine, R>(weight, first, count, depth(columns), depth(columns), panel);
+  }
+
+  // h for a block of rows, and q and k from its last columns.
+  static void project(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, S = s.key_size, d = l.dim;
+    if (rows == 0) return;
+    Engine::begin();
+    pack_rows<Engine, L>(rows_from(l.x, row, s.length, d), 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
+    for (int64_t j = 0; j < 2 * E; j += STRIP) {
+      const int64_t now = at_most(STRIP, 2 * E - j);
+      multiply<Engine>(rows, now, words(d), w.left, depth(d), right_at(l.uv_right, depth(d), j, 0),
+                       depth(d), w.sums, columns(now), false);
+      store_rows(w.sums, columns(now), {row_of(l.h, 0) + j, 0, l.h.token_step}, row, rows, now);
+    }
+    multiply<Engine>(rows, S, words(d), w.left, depth(d), l.z_right, depth(d), w.sums, columns(S), false);
+    store_rows(w.sums, columns(S), {row_of(l.h, 0) + 2 * E, 0, l.h.token_step}, row, rows, S);
+    Engine::end();
+    for (int64_t r = 0; r < rows; ++r) rotate_row(s, l, row + r, w.sums + r * columns(S));
+  }
+
+  template <class From>
+  static void rotate_row(const GauSample& s, const GauUnit& l, int64_t t, const From* h) {
+    const int64_t S = s.key_size;
+    const float *c = l.cosine + t * (S / 2), *sn = l.sine + t * (S / 2);
+    for (int64_t j = 0; j < S; j += LANES) {
+      const vec z = swish(load_some(h + j, S - j));
+      const TokenMatrix* to[] = {&s.q, &s.k};
+      for (int i = 0; i < 2; ++i) {
+        const vec x = z * load_some(l.scale + i * S + j, S - j) + load_some(l.offset + i * S + j, S - j);
+        store_some(row_of(*to[i], t) + j, rotate_pairs(x, c + j / 2, sn + j / 2, (S - j) / 2, 1), S - j);
+      }
+    }
+  }
+
+  static void attend_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, d = l.dim;
+    Engine::begin();
+    Base::sum_values(s, w, row);
+    Base::gate(s, w, row);
+    pack_rows<Engine, L>(Rows<float>{w.sums, columns(E), rows, E}, 0, padded<Engine, L>(rows), depth(E), depth(E), w.left);
+    multiply<Engine>(rows, d, words(E), w.left, depth(E), l.out_right, depth(E), w.sums, columns(d), false);
+    Engine::end();
+    store_rows(w.sums, columns(d), l.y, row, rows, d);
+    clear(l.y, row + rows, at_most(row + FORWARD, s.tokens), d);
+  }
+
+  static void prepare_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, BACKWARD), E = s.value_size, d = l.dim, turned = depth(s.tokens);
+    if (rows == 0) return;
+    for (int64_t t = row; t < row + rows; ++t) rotate_row(s, l, t, row_of(l.h, t) + 2 * E);
+    const Rows<T> grad = rows_from(l.grad, row, s.length, d);
+    Engine::begin();
+    pack_rows<Engine, L>(grad, 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
+    multiply<Engine>(rows, E, words(d), w.left, depth(d), l.out_turned, depth(d), w.sums, columns(E), false);
+    Engine::end();
+    Base::prepare_from(s, w, row, Rows<float>{w.sums, columns(E), rows, E});
+    pack_columns<Engine, L>(grad, 0, padded<Engine, L>(d), depth(rows), turned, left_at(l.grad_turned, turned, 0, row));
+    const Rows<T> attended = rows_from(s.attended, row, s.length, E), u = rows_from(s.u, row, s.length, E);
+    const auto gated = [&](int64_t i, int64_t j) { return swish(u(i, j)) * attended(i, j); };
+    pack_columns<Engine, R>(gated, 0, padded<Engine, R>(E), depth(rows), turned, right_at(l.gated_turned, turned, 0, row));
+  }
+
+  // Rows of the gradient of w_out, and of w_in: sums over the sample's tokens, added to those before.
+  static void sum_w_out(const GauSample& s, const GauUnit& l, int64_t row, int64_t rows) {
+    const int64_t turned = depth(s.tokens), step = columns(s.value_size);
+    Engine::begin();
+    multiply<Engine>(at_most(rows, l.dim - row), s.value_size, words(s.length), left_at(l.grad_turned, turned, row, 0), turned,
+                     l.gated_turned, turned, l.sum_w_out + row * step, step, true);
+    Engine::end();
+  }
+  static void sum_w_in(const GauSample& s, const GauUnit& l, int64_t row, int64_t rows) {
+    const int64_t turned = depth(s.tokens), step = columns(l.dim), N = 2 * s.value_size + s.key_size;
+    Engine::begin();
+    multiply<Engine>(at_most(rows, N - row), l.dim, words(s.length), left_at(l.dh_turned, turned, row, 0), turned, l.x_turned,
+                     turned, l.sum_w_in + row * step, step, true);
+    Engine::end();
+  }
+
+  // dh of a block of rows, dx = dh w_in, and the block's sums for scale and offset.
+  static void finish_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size, d = l.dim, N = 2 * E + S;
+    const int64_t turned = depth(s.tokens), step = columns(N);
+    float* affine = l.sum_affine + row / BACKWARD * 4 * S;
+    fill(affine, 4 * S, 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* dh = w.dh + r * step;
+      const T* h = row_of(l.h, row + r);
+      for (int64_t e = 0; e < E; e += LANES) {
+        const vec dv = loadv(s.sum_dv + (row + r) * columns(E) + e);
+        store_some(dh + e, load_some(row_of(s.du, row + r) + e, E - e), E - e);
+        store_some(dh + E + e, dv * swish_slope(load_some(h + E + e, E - e)), E - e);
+      }
+      for (int64_t j = 0; j < S; j += LANES) {
+        const vec before = load_some(h + 2 * E + j, S - j), z = swish(before);
+        const float *c = l.cosine + (row + r) * (S / 2) + j / 2, *sn = l.sine + (row + r) * (S / 2) + j / 2;
+        vec dz{};
+        for (int i = 0; i < 2; ++i) {
+          const float* sums = (i == 0 ? s.sum_dq : s.sum_dk) + (row + r) * columns(S) + j;
+          const vec turned_back = rotate_pairs(load_some(sums, S - j), c, sn, (S - j) / 2, -1);
+          dz += turned_back * load_some(l.scale + i * S + j, S - j);
+          float *scale = affine + i * S + j, *offset = affine + (2 + i) * S + j;
+          store_some(scale, load_some(scale, S - j) + turned_back * z, S - j);
+          store_some(offset, load_some(offset, S - j) + turned_back, S - j);
+        }
+        store_some(dh + 2 * E + j, dz * swish_slope(before), S - j);
+      }
+    }
+    if (rows > 0) {
+      const Rows<float> dh{w.dh, step, rows, N};
+      Engine::begin();
+      pack_rows<Engine, L>(dh, 0, padded<Engine, L>(rows), depth(N), depth(N), w.left);
+      multiply<Engine>(rows, d, words(N), w.left, depth(N), l.in_turned, depth(N), w.sums, columns(d), false);
+      Engine::end();
+      store_rows(w.sums, columns(d), l.dx, row, rows, d);
+      pack_columns<Engine, L>(dh, 0, padded<Engine, L>(N), depth(rows), turned, left_at(l.dh_turned, turned, 0, row));
+      pack_columns<Engine, R>(rows_from(l.x, row, s.length, d), 0, padded<Engine, R>(d), depth(rows), turned,
+                              right_at(l.x_turned, turned, 0, row));
+    }
+    clear(l.dx, row + rows, at_most(row + BACKWARD, s.tokens), d);
+  }
+
+  static void round(const float* sums, int64_t step, int64_t rows, int64_t n, void* out) {
+    store_rows(sums, step, {out, 0, n}, 0, rows, n);
+  }
+
+  static GauKernels kernels() {
+    GauKernels k{};
+    k.forward_block = FORWARD, k.backward_block = BACKWARD, k.keys = Base::KEYS, k.strip = STRIP;
+    k.left_floats = Base::left_floats, k.right_floats = Base::right_floats, k.columns = columns;
+    k.pack_keys = Base::pack_keys, k.attend = Base::attend;
+    k.prepare = Base::prepare, k.tile_gradient = Base::tile_gradient, k.finish = Base::finish;
+    k.pack_weight = pack_weight, k.project = project, k.attend_unit = attend_unit;
+    k.prepare_unit = prepare_unit, k.sum_w_out = sum_w_out, k.finish_unit = finish_unit, k.sum_w_in = sum_w_in;
+    k.round = round;
+    return k;
+  }
+};
+
+static GauKernels gau_kernels(FloatType type, MatrixUnit unit) {
+#if SUPY_LANES == 16
+  if (type == FloatType::bf16 && unit == MatrixUnit::tiles) return Unit<Bfloat16Tiles, bf16>::kernels();
+  if (type == FloatType::bf16 && unit == MatrixUnit::pairs) return Unit<Bfloat16Pairs, bf16>::kernels();
+#endif
+  (void)unit;
+  return type == FloatType::bf16 ? Unit<Float32, bf16>::kernels() : Unit<Float32, float>::kernels();
+}

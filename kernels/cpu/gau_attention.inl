@@ -1,0 +1,303 @@
+// Gated attention in blocks of rows, on packed operands. The weights of a block go from the scores straight into the panel
+// that is multiplied with the values, so that neither is ever larger than a block.
+#include "panels.inl"
+
+template <class T>
+static inline vec load_some(const T* p, int64_t count) {
+  if (count >= LANES) return loadv(p);
+  vec v{};
+  for (int64_t l = 0; l < count; ++l) v[l] = load(p + l);
+  return v;
+}
+template <class T>
+static inline void store_some(T* p, vec v, int64_t count) {
+  if (count >= LANES) return storev(p, v);
+  for (int64_t l = 0; l < count; ++l) store(p + l, v[l]);
+}
+
+static inline void fill(float* out, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
+static inline vec sigmoid(vec x) { return 1.0f / (1.0f + expv(-x)); }
+static inline vec swish(vec x) { return x * sigmoid(x); }
+static inline vec swish_slope(vec x) {
+  const vec s = sigmoid(x);
+  return s + x * s * (1.0f - s);
+}
+
+template <class T>
+struct Activated {
+  Rows<T> rows;
+  bool swish_;
+  vec operator()(int64_t i, int64_t j) const { return swish_ ? swish(rows(i, j)) : rows(i, j); }
+};
+
+template <class Engine, class T>
+struct Gau {
+  static constexpr int64_t FORWARD = Engine::TILES ? 256 : 96, BACKWARD = Engine::TILES ? 256 : 192, KEYS = 384;
+  static constexpr Side L = Side::left, R = Side::right;
+
+  static int64_t left_floats(int64_t rows, int64_t k) { return panel_floats<Engine, L>(rows, k); }
+  static int64_t right_floats(int64_t rows, int64_t k) { return panel_floats<Engine, R>(rows, k); }
+  static int64_t columns(int64_t n) { return round_up(n, 32); }
+  static int64_t depth(int64_t k) { return depth_of<Engine>(k); }
+  static int64_t words(int64_t k) { return Engine::TILES ? depth(k) : (k + Engine::WORD - 1) / Engine::WORD; }
+  static float* right_at(float* panel, int64_t panel_depth, int64_t row, int64_t k) {
+    return at<Engine, R>(panel, panel_depth, row, k / Engine::WORD);
+  }
+  static float* left_at(float* panel, int64_t panel_depth, int64_t row, int64_t k) {
+    return at<Engine, L>(panel, panel_depth, row, k / Engine::WORD);
+  }
+
+  static T* row_of(const TokenMatrix& m, int64_t t) { return static_cast<T*>(m.data) + t * m.token_step; }
+  // The rows from `first` on; what stands at and beyond the sample's length is not read.
+  static Rows<T> rows_from(const TokenMatrix& m, int64_t first, int64_t length, int64_t columns) {
+    return {row_of(m, first), m.token_step, length - first, columns};
+  }
+  static void clear(const TokenMatrix& m, int64_t first, int64_t last, int64_t n) {
+    for (int64_t t = first; t < last && m.data != nullptr; ++t)
+      for (int64_t j = 0; j < n; j += LANES) store_some(row_of(m, t) + j, vec{}, n - j);
+  }
+  static int64_t rows_in(const GauSample& s, int64_t first, int64_t block) {
+    return at_most(block, s.length > first ? s.length - first : 0);
+  }
+
+  // --- forward -------------------------------------------------------------------------------------------------------------
+
+  static int64_t key_depth(const GauSample& s) { return depth(at_most(KEYS, s.tokens)); }
+  static float* values_at(const GauSample& s, int64_t block) {
+    return s.v_turned + block * right_floats(s.value_size, at_most(KEYS, s.tokens));
+  }
+
+  static void pack_keys(const GauSample& s, int64_t block) {
+    const int64_t first = block * KEYS, count = rows_in(s, first, KEYS), S = s.key_size, E = s.value_size;
+    if (count == 0) return;
+    pack_rows<Engine, R>(rows_from(s.k, first, s.length, S), 0, padded<Engine, R>(count), depth(S), depth(S),
+                         right_at(s.k_right, depth(S), first, 0));
+    pack_columns<Engine, R>(Activated<T>{rows_from(s.v, first, s.length, E), s.swish}, 0, padded<Engine, R>(E),
+                            depth(count), key_depth(s), values_at(s, block));
+  }
+
+  // Scores of one row, columns [from, to) of them visible, become weights; returns the factor by which the sums so far
+  // shrink. The exponent's shift is the row's peak, or a little less: it moves when it has to, not whenever it could.
+  static float softmax_row(float* row, int64_t from, int64_t to, int64_t width, float factor, float& peak, float& total) {
+    for (int64_t c = from / LANES * LANES; c < to; c += LANES) storev(row + c, factor * loadv(row + c));
+    fill(row, from, -INF);
+    fill(row + to, width - to, -INF);
+    vec top = splat(-INF);
+    for (int64_t c = 0; c < width; c += LANES) top = maxv(loadv(row + c), top);
+    const float now = max_of(top);
+    float shrink = 1;
+    if (now > peak + 8) {
+      shrink = peak == -INF ? 0 : __builtin_expf(peak - now);
+      total *= shrink;
+      peak = now;
+    }
+    const vec shift = splat(peak == -INF ? 0 : peak);
+    vec sum{};
+    for (int64_t c = 0; c < width; c += LANES) {
+      const vec e = expv(loadv(row + c) - shift);
+      storev(row + c, e);
+      sum += e;
+    }
+    total += sum_of(sum);
+    return shrink;
+  }
+
+  static void relu2_row(float* row, int64_t from, int64_t to, int64_t width, float factor, float share) {
+    for (int64_t c = from / LANES * LANES; c < to; c += LANES) {
+      const vec x = maxv(vec{}, factor * loadv(row + c));  // this way round NaN stays NaN
+      storev(row + c, x * x * share);
+    }
+    fill(row, from, 0);
+    fill(row + to, width - to, 0);
+  }
+
+  // w.sums = A v for a block of rows, before division by the softmax's total.
+  static void sum_values(const GauSample& s, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, FORWARD), S = s.key_size, E = s.value_size, step = columns(E);
+    int64_t low = s.tokens, high = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      w.peak[r] = -INF, w.total[r] = 0;
+      if (s.first[row + r] >= s.last[row + r]) continue;
+      low = at_most(low, s.first[row + r]);
+      high = s.last[row + r] > high ? s.last[row + r] : high;
+    }
+    if (low >= high) return fill(w.sums, rows * step, 0);
+    pack_rows<Engine, L>(rows_from(s.q, row, s.length, S), 0, padded<Engine, L>(rows), depth(S), depth(S), w.left);
+    bool add = false;
+    for (int64_t block = low / KEYS; block * KEYS < high; ++block, add = true) {
+      const int64_t start = block * KEYS, end = at_most(high, start + KEYS);
+      const int64_t from = (low > start ? low : start) / Engine::RIGHT * Engine::RIGHT, count = end - from;
+      const int64_t width = depth(count) * Engine::WORD, stride = KEYS;
+      multiply<Engine>(rows, count, words(S), w.left, depth(S), right_at(s.k_right, depth(S), from, 0), depth(S), w.scores,
+                       stride, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* scores = w.scores + r * stride;
+        int64_t c0 = s.first[row + r] - from, c1 = at_most(s.last[row + r], end) - from;
+        c0 = c0 < 0 ? 0 : c0;
+        if (c0 >= c1) {
+          fill(scores, width, 0);
+        } else if (s.softmax) {
+          const float shrink = softmax_row(scores, c0, c1, width, s.factor[row + r], w.peak[r], w.total[r]);
+          if (add && shrink != 1)
+            for (int64_t e = 0; e < step; e += LANES)
+              storev(w.sums + r * step + e, shrink * loadv(w.sums + r * step + e));
+        } else {
+          relu2_row(scores, c0, c1, width, s.factor[row + r], s.share[row + r]);
+        }
+      }
+      pack_rows<Engine, L>(Rows<float>{w.scores, stride, rows, width}, 0, padded<Engine, L>(rows), depth(count),
+                           depth(count), w.weights);
+      multiply<Engine>(rows, E, words(count), w.weights, depth(count),
+                       right_at(values_at(s, block), key_depth(s), 0, from - start), key_depth(s), w.sums, step, add);
+    }
+  }
+
+  // w.sums = u * A v; stores A v and the statistics where they are wanted.
+  static void gate(const GauSample& s, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, step = columns(E);
+    for (int64_t r = 0; r < rows; ++r) {
+      float share = 1;
+      if (s.softmax) {
+        const bool any = s.first[row + r] < s.last[row + r];
+        share = any ? 1 / w.total[r] : 0;
+        if (s.stats != nullptr) s.stats[row + r] = any ? w.peak[r] + __builtin_logf(w.total[r]) : -INF;
+      }
+      for (int64_t e = 0; e < E; e += LANES) {
+        float* at = w.sums + r * step + e;
+        vec a = share * loadv(at);
+        if (s.attended.data != nullptr) store_some(row_of(s.attended, row + r) + e, a, E - e);
+        if (s.u.data != nullptr) {
+          const vec u = load_some(row_of(s.u, row + r) + e, E - e);
+          a *= s.swish ? swish(u) : u;
+        }
+        storev(at, a);
+      }
+    }
+    const int64_t end = at_most(row + FORWARD, s.tokens);
+    clear(s.attended, row + rows, end, E);
+    for (int64_t t = row + rows; t < end && s.stats != nullptr; ++t) s.stats[t] = -INF;
+  }
+
+  static void store_rows(const float* sums, int64_t step, const TokenMatrix& out, int64_t first, int64_t rows, int64_t n) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < n; j += LANES) store_some(row_of(out, first + r) + j, loadv(sums + r * step + j), n - j);
+  }
+
+  static void attend(const GauSample& s, GauWork& w, int64_t row) {
+    Engine::begin();
+    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size;
+    sum_values(s, w, row);
+    gate(s, w, row);
+    store_rows(w.sums, columns(E), s.out, row, rows, E);
+    clear(s.out, row + rows, at_most(row + FORWARD, s.tokens), E);
+    Engine::end();
+  }
+
+  // --- backward: g = u * grad, and the sums over tiles of dS and A -----------------------------------------------------------
+
+  // Packs a block's g, q, k and v, stores du and rowsum(g * A v). `grad` may be w.sums, which g replaces.
+  template <class Source>
+  static void prepare_from(const GauSample& s, GauWork& w, int64_t row, const Source& grad) {
+    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size, step = columns(E);
+    for (int64_t r = 0; r < rows; ++r) {
+      vec delta{};
+      for (int64_t e = 0; e < E; e += LANES) {
+        const vec dout = grad(r, e), attended = load_some(row_of(s.attended, row + r) + e, E - e);
+        vec g = dout;
+        if (s.u.data != nullptr) {
+          const vec u = load_some(row_of(s.u, row + r) + e, E - e);
+          const vec du = dout * attended;
+          g *= s.swish ? swish(u) : u;
+          store_some(row_of(s.du, row + r) + e, s.swish ? du * swish_slope(u) : du, E - e);
+        }
+        g = Engine::rounded(g);  // as in the products, so that delta cancels what it has to
+        delta += g * attended;
+        storev(w.sums + r * step + e, g);
+      }
+      s.delta[row + r] = sum_of(delta);
+    }
+    if (rows == 0) return;
+    const int64_t turned = depth(s.tokens), now = depth(rows);
+    const Rows<float> g{w.sums, step, rows, E};
+    const Rows<T> q = rows_from(s.q, row, s.length, S), k = rows_from(s.k, row, s.length, S);
+    pack_rows<Engine, L>(g, 0, padded<Engine, L>(rows), depth(E), depth(E), left_at(s.g_left, depth(E), row, 0));
+    pack_columns<Engine, R>(g, 0, padded<Engine, R>(E), now, turned, right_at(s.g_turned, turned, 0, row));
+    pack_rows<Engine, L>(q, 0, padded<Engine, L>(rows), depth(S), depth(S), left_at(s.q_left, depth(S), row, 0));
+    pack_columns<Engine, R>(q, 0, padded<Engine, R>(S), now, turned, right_at(s.q_turned, turned, 0, row));
+    pack_rows<Engine, R>(k, 0, padded<Engine, R>(rows), depth(S), depth(S), right_at(s.k_right, depth(S), row, 0));
+    pack_columns<Engine, R>(k, 0, padded<Engine, R>(S), now, turned, right_at(s.k_turned, turned, 0, row));
+    pack_rows<Engine, R>(Activated<T>{rows_from(s.v, row, s.length, E), s.swish}, 0, padded<Engine, R>(rows), depth(E),
+                         depth(E), right_at(s.v_right, depth(E), row, 0));
+  }
+
+  static void prepare(const GauSample& s, GauWork& w, int64_t row) {
+    const int64_t end = at_most(row + BACKWARD, s.tokens), rows = rows_in(s, row, BACKWARD);
+    prepare_from(s, w, row, rows_from(s.grad, row, s.length, s.value_size));
+    if (s.u.data != nullptr) clear(s.du, row + rows, end, s.value_size);
+  }
+
+  // The share of one tile of A in dv, dk and dq.
+  static void tile_gradient(const GauSample& s, GauWork& w, int64_t row, int64_t key) {
+    const int64_t rows = rows_in(s, row, BACKWARD), keys = rows_in(s, key, BACKWARD), S = s.key_size, E = s.value_size;
+    const int64_t step = BACKWARD, turned = depth(s.tokens);
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) any |= s.first[row + r] < key + keys && s.last[row + r] > key;
+    if (!any) return;
+    Engine::begin();
+    multiply<Engine>(rows, keys, words(S), left_at(s.q_left, depth(S), row, 0), depth(S),
+                     right_at(s.k_right, depth(S), key, 0), depth(S), w.scores, step, false);
+    multiply<Engine>(rows, keys, words(E), left_at(s.g_left, depth(E), row, 0), depth(E),
+                     right_at(s.v_right, depth(E), key, 0), depth(E), w.more, step, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      float *a = w.scores + r * step, *d = w.more + r * step;
+      int64_t c0 = s.first[row + r] - key, c1 = at_most(s.last[row + r] - key, keys);
+      c0 = c0 < 0 ? 0 : c0;
+      c1 = c1 < c0 ? c0 : c1;
+      const float factor = s.factor[row + r];
+      if (s.softmax) {
+        const vec stats = splat(c0 < c1 ? s.stats[row + r] : 0), delta = splat(s.delta[row + r]);
+        for (int64_t c = c0 / LANES * LANES; c < c1; c += LANES) {
+          const vec e = expv(factor * loadv(a + c) - stats);
+          storev(a + c, e);
+          storev(d + c, e * (loadv(d + c) - delta) * factor);
+        }
+      } else {
+        const float share = s.share[row + r];
+        for (int64_t c = c0 / LANES * LANES; c < c1; c += LANES) {
+          const vec x = maxv(vec{}, factor * loadv(a + c));
+          storev(a + c, x * x * share);
+          storev(d + c, loadv(d + c) * x * (2 * share * factor));
+        }
+      }
+      for (float* p : {a, d}) {
+        fill(p, c0, 0);
+        fill(p + c1, keys - c1, 0);
+      }
+    }
+    const Rows<float> a{w.scores, step, rows, keys}, d{w.more, step, rows, keys};
+    pack_columns<Engine, L>(a, 0, padded<Engine, L>(keys), depth(rows), depth(rows), w.weights);
+    multiply<Engine>(keys, E, words(rows), w.weights, depth(rows), right_at(s.g_turned, turned, 0, row), turned,
+                     s.sum_dv + key * columns(E), columns(E), true);
+    pack_columns<Engine, L>(d, 0, padded<Engine, L>(keys), depth(rows), depth(rows), w.weights);
+    multiply<Engine>(keys, S, words(rows), w.weights, depth(rows), right_at(s.q_turned, turned, 0, row), turned,
+                     s.sum_dk + key * columns(S), columns(S), true);
+    pack_rows<Engine, L>(d, 0, padded<Engine, L>(rows), depth(keys), depth(keys), w.weights);
+    multiply<Engine>(rows, S, words(keys), w.weights, depth(keys), right_at(s.k_turned, turned, 0, key), turned,
+                     s.sum_dq + row * columns(S), columns(S), true);
+    Engine::end();
+  }
+
+  static void finish(const GauSample& s, int64_t row) {
+    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size;
+    const int64_t end = at_most(row + BACKWARD, s.tokens);
+    store_rows(s.sum_dq + row * columns(S), columns(S), s.dq, row, rows, S);
+    store_rows(s.sum_dk + row * columns(S), columns(S), s.dk, row, rows, S);
+    store_rows(s.sum_dv + row * columns(E), columns(E), s.dv, row, rows, E);
+    clear(s.dq, row + rows, end, S);
+    clear(s.dk, row + rows, end, S);
+    clear(s.dv, row + rows, end, E);
+  }
+};
