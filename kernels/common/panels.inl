@@ -191,17 +191,30 @@ static inline void pack_columns(const Source& in, int64_t first, int64_t count, 
 
 // --- the product -----------------------------------------------------------------------------------------------------------
 
+// What a block brings into the caches for those after it: a share of the next sliver of b, and the next block of c.
+struct Ahead {
+  const float* b;
+  int64_t b_share;  // floats of b for each word of this block
+  const float* c;
+};
+
 template <class Engine, int VECTORS>
-static inline void multiply_block(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add) {
+static inline void multiply_block(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add,
+                                  Ahead ahead) {
   constexpr int HEIGHT = Engine::LEFT;
   vec sum[HEIGHT][VECTORS];  // registers, which is why every loop over it is unrolled
 #pragma GCC unroll 24
   for (int i = 0; i < HEIGHT * VECTORS; ++i)
     sum[i / VECTORS][i % VECTORS] = add ? loadv(c + i / VECTORS * c_step + i % VECTORS * LANES) : vec{};
+#pragma GCC unroll 24
+  for (int i = 0; i < HEIGHT * VECTORS; ++i) __builtin_prefetch(ahead.c + i / VECTORS * c_step + i % VECTORS * LANES, 1);
   for (int64_t w = 0; w < words; ++w, a += HEIGHT, b += Engine::RIGHT) {
     vec right[VECTORS];
 #pragma GCC unroll 3
     for (int v = 0; v < VECTORS; ++v) right[v] = loadv(b + v * LANES);
+    __builtin_prefetch(ahead.b + w * ahead.b_share, 0, 2);  // into the second-level cache
+#pragma GCC unroll 3
+    for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(b + 8 * Engine::RIGHT + v * LANES);  // and on into the first
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; ++r) {
       const vec left = splat(a[r]);
@@ -215,7 +228,8 @@ static inline void multiply_block(int64_t words, const float* a, const float* b,
 }
 
 #if SUPY_LANES == 16
-static inline void multiply_tiles(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add) {
+static inline void multiply_tiles(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add,
+                                  Ahead ahead) {
   const int64_t step = 4 * c_step, line = 64;
   float* below = c + 16 * c_step;
   if (add)
@@ -224,11 +238,17 @@ static inline void multiply_tiles(int64_t words, const float* a, const float* b,
         "tileloadd (%1,%2,1), %%tmm2\n\ttileloadd 64(%1,%2,1), %%tmm3" ::"r"(c), "r"(below), "r"(step) : "memory");
   else
     asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3" ::);
-  for (int64_t w = 0; w < words; w += 16, a += 512, b += 512)
+  for (int64_t w = 0; w < words; w += 16, a += 512, b += 512) {
+    for (int64_t l = 0; l < 16 * ahead.b_share; l += 16) __builtin_prefetch(ahead.b + w * ahead.b_share + l, 0, 2);
     asm volatile(
         "tileloadd (%1,%2,1), %%tmm6\n\ttileloadd (%0,%2,1), %%tmm4\n\ttileloadd 1024(%1,%2,1), %%tmm7\n\t"
         "tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttileloadd 1024(%0,%2,1), %%tmm5\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
         "tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a), "r"(b), "r"(line) : "memory");
+  }
+  for (int64_t r = 0; r < 32; ++r) {
+    __builtin_prefetch(ahead.c + r * c_step, 1);
+    __builtin_prefetch(ahead.c + r * c_step + 16, 1);
+  }
   asm volatile(
       "tilestored %%tmm0, (%0,%2,1)\n\ttilestored %%tmm1, 64(%0,%2,1)\n\t"
       "tilestored %%tmm2, (%1,%2,1)\n\ttilestored %%tmm3, 64(%1,%2,1)" ::"r"(c), "r"(below), "r"(step) : "memory");
@@ -241,25 +261,31 @@ static inline void multiply_tiles(int64_t words, const float* a, const float* b,
 template <class Engine>
 static void multiply(int64_t m, int64_t n, int64_t words, const float* a, int64_t a_depth, const float* b, int64_t b_depth,
                      float* c, int64_t c_step, bool add) {
+  const int64_t blocks = (m + Engine::LEFT - 1) / Engine::LEFT, share = (Engine::RIGHT + blocks - 1) / blocks;
   for (int64_t w = 0; w < words; w += Engine::CHUNK, add = true) {
     const int64_t now = at_most(Engine::CHUNK, words - w);
     for (int64_t j = 0; j < n; j += Engine::RIGHT) {
       const float* right = b + j * b_depth + w * Engine::RIGHT;
+      const bool last = j + Engine::RIGHT >= n;
       for (int64_t i = 0; i < m; i += Engine::LEFT) {
         const float* left = a + i * a_depth + w * Engine::LEFT;
         float* out = c + i * c_step + j;
+        Ahead ahead{right + Engine::RIGHT * b_depth, share, out + Engine::LEFT * c_step};
+        ahead.b += i / Engine::LEFT * share * now;
+        if (last) ahead.b = right, ahead.b_share = 0;
+        if (i + Engine::LEFT >= m) ahead.c = last ? out : c + j + Engine::RIGHT;
 #if SUPY_LANES == 16
         if constexpr (Engine::TILES) {
-          multiply_tiles(now, left, right, out, c_step, add);
+          multiply_tiles(now, left, right, out, c_step, add, ahead);
           continue;
         } else
 #endif
             if (n - j > 2 * LANES)
-          multiply_block<Engine, 3>(now, left, right, out, c_step, add);
+          multiply_block<Engine, 3>(now, left, right, out, c_step, add, ahead);
         else if (n - j > LANES)
-          multiply_block<Engine, 2>(now, left, right, out, c_step, add);
+          multiply_block<Engine, 2>(now, left, right, out, c_step, add, ahead);
         else
-          multiply_block<Engine, 1>(now, left, right, out, c_step, add);
+          multiply_block<Engine, 1>(now, left, right, out, c_step, add, ahead);
       }
     }
   }

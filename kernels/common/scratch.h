@@ -6,13 +6,23 @@
 #include <memory>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace supy {
 
-// Uninitialised floats, aligned to cache lines.
+// Uninitialised floats, aligned to cache lines; a large block on large pages where the system has them, because a matrix
+// product walks through more small pages than a processor remembers.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(std::aligned_alloc(64, (4 * floats + 64) / 64 * 64))) {
+  explicit Scratch(int64_t floats) {
+    const int64_t large = 1 << 21, bytes = 4 * floats + 64, align = bytes < 2 * large ? 64 : large;
+    data_.reset(static_cast<float*>(std::aligned_alloc(align, bytes / align * align + align)));
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (align == large) madvise(data_.get(), bytes / align * align, MADV_HUGEPAGE);
+#endif
   }
   float* get() const { return data_.get(); }
 

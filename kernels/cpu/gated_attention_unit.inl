@@ -15,8 +15,8 @@ static inline vec rotate_pairs(vec x, const float* cosine, const float* sine, in
 template <class Engine, class T>
 struct Unit : Gau<Engine, T> {
   using Base = Gau<Engine, T>;
-  using Base::BACKWARD, Base::FORWARD, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::left_at,
-      Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
+  using Base::FORWARD, Base::ROWS, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::left_at,
+      Base::product, Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
   static constexpr int64_t STRIP = 480;  // columns of h that are made at once
 
   // Rows [first, first + STRIP) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
@@ -37,9 +37,8 @@ struct Unit : Gau<Engine, T> {
     pack_rows<Engine, L>(rows_from(l.x, row, s.length, d), 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
     for (int64_t j = 0; j < 2 * E; j += STRIP) {
       const int64_t now = at_most(STRIP, 2 * E - j);
-      multiply<Engine>(rows, now, words(d), w.left, depth(d), right_at(l.uv_right, depth(d), j, 0),
-                       depth(d), w.sums, columns(now), false);
-      store_rows(w.sums, columns(now), {row_of(l.h, 0) + j, 0, l.h.token_step}, row, rows, now);
+      product(rows, now, d, w.left, right_at(l.uv_right, depth(d), j, 0), w.sums,
+              {row_of(l.h, 0) + j, 0, l.h.token_step}, row);
     }
     multiply<Engine>(rows, S, words(d), w.left, depth(d), l.z_right, depth(d), w.sums, columns(S), false);
     store_rows(w.sums, columns(S), {row_of(l.h, 0) + 2 * E, 0, l.h.token_step}, row, rows, S);
@@ -67,14 +66,13 @@ struct Unit : Gau<Engine, T> {
     Base::sum_values(s, w, row);
     Base::gate(s, w, row);
     pack_rows<Engine, L>(Rows<float>{w.sums, columns(E), rows, E}, 0, padded<Engine, L>(rows), depth(E), depth(E), w.left);
-    multiply<Engine>(rows, d, words(E), w.left, depth(E), l.out_right, depth(E), w.sums, columns(d), false);
+    product(rows, d, E, w.left, l.out_right, w.sums, l.y, row);
     Engine::end();
-    store_rows(w.sums, columns(d), l.y, row, rows, d);
     clear(l.y, row + rows, at_most(row + FORWARD, s.tokens), d);
   }
 
   static void prepare_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, BACKWARD), E = s.value_size, d = l.dim, turned = depth(s.tokens);
+    const int64_t rows = rows_in(s, row, ROWS), E = s.value_size, d = l.dim, turned = depth(s.tokens);
     if (rows == 0) return;
     for (int64_t t = row; t < row + rows; ++t) rotate_row(s, l, t, row_of(l.h, t) + 2 * E);
     const Rows<T> grad = rows_from(l.grad, row, s.length, d);
@@ -84,9 +82,7 @@ struct Unit : Gau<Engine, T> {
     Engine::end();
     Base::prepare_from(s, w, row, Rows<float>{w.sums, columns(E), rows, E});
     pack_columns<Engine, L>(grad, 0, padded<Engine, L>(d), depth(rows), turned, left_at(l.grad_turned, turned, 0, row));
-    const Rows<T> attended = rows_from(s.attended, row, s.length, E), u = rows_from(s.u, row, s.length, E);
-    const auto gated = [&](int64_t i, int64_t j) { return swish(u(i, j)) * attended(i, j); };
-    pack_columns<Engine, R>(gated, 0, padded<Engine, R>(E), depth(rows), turned, right_at(l.gated_turned, turned, 0, row));
+    pack_columns<Engine, R>(Rows<float>{w.dh, columns(E), rows, E}, 0, padded<Engine, R>(E), depth(rows), turned, right_at(l.gated_turned, turned, 0, row));
   }
 
   // Rows of the gradient of w_out, and of w_in: sums over the sample's tokens, added to those before.
@@ -107,9 +103,9 @@ struct Unit : Gau<Engine, T> {
 
   // dh of a block of rows, dx = dh w_in, and the block's sums for scale and offset.
   static void finish_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size, d = l.dim, N = 2 * E + S;
+    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, E = s.value_size, d = l.dim, N = 2 * E + S;
     const int64_t turned = depth(s.tokens), step = columns(N);
-    float* affine = l.sum_affine + row / BACKWARD * 4 * S;
+    float* affine = l.sum_affine + row / ROWS * 4 * S;
     fill(affine, 4 * S, 0);
     for (int64_t r = 0; r < rows; ++r) {
       float* dh = w.dh + r * step;
@@ -138,14 +134,13 @@ struct Unit : Gau<Engine, T> {
       const Rows<float> dh{w.dh, step, rows, N};
       Engine::begin();
       pack_rows<Engine, L>(dh, 0, padded<Engine, L>(rows), depth(N), depth(N), w.left);
-      multiply<Engine>(rows, d, words(N), w.left, depth(N), l.in_turned, depth(N), w.sums, columns(d), false);
+      product(rows, d, N, w.left, l.in_turned, w.sums, l.dx, row);
       Engine::end();
-      store_rows(w.sums, columns(d), l.dx, row, rows, d);
       pack_columns<Engine, L>(dh, 0, padded<Engine, L>(N), depth(rows), turned, left_at(l.dh_turned, turned, 0, row));
       pack_columns<Engine, R>(rows_from(l.x, row, s.length, d), 0, padded<Engine, R>(d), depth(rows), turned,
                               right_at(l.x_turned, turned, 0, row));
     }
-    clear(l.dx, row + rows, at_most(row + BACKWARD, s.tokens), d);
+    clear(l.dx, row + rows, at_most(row + ROWS, s.tokens), d);
   }
 
   static void round(const float* sums, int64_t step, int64_t rows, int64_t n, void* out) {
@@ -154,7 +149,7 @@ struct Unit : Gau<Engine, T> {
 
   static GauKernels kernels() {
     GauKernels k{};
-    k.forward_block = FORWARD, k.backward_block = BACKWARD, k.keys = Base::KEYS, k.strip = STRIP;
+    k.forward_block = FORWARD, k.row_block = ROWS, k.backward_block = Base::BACKWARD, k.keys = Base::KEYS, k.strip = STRIP;
     k.left_floats = Base::left_floats, k.right_floats = Base::right_floats, k.columns = columns;
     k.pack_keys = Base::pack_keys, k.attend = Base::attend;
     k.prepare = Base::prepare, k.tile_gradient = Base::tile_gradient, k.finish = Base::finish;

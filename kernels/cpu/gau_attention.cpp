@@ -55,38 +55,66 @@ class Samples {
 
 // The memory of one thread; `dim` is 0 without projections.
 GauWork work(Pieces& pieces, const GauKernels& kernels, const GauAttentionParams& p, int64_t dim) {
-  const int64_t block = std::max(kernels.forward_block, kernels.backward_block), S = p.key_size, E = p.value_size;
+  const int64_t rows = std::max(kernels.forward_block, kernels.row_block), block = std::max(rows, kernels.backward_block);
+  const int64_t S = p.key_size, E = p.value_size;
   const int64_t keys = std::max(kernels.keys, kernels.backward_block), deepest = dim > 0 ? 2 * E + S : 0;
   GauWork w{};
-  w.left = pieces.take(kernels.left_floats(block, std::max({S, E, dim, deepest})));
+  w.left = pieces.take(kernels.left_floats(rows, std::max({S, E, dim, deepest})));
   w.weights = pieces.take(kernels.left_floats(keys, keys));
   w.scores = pieces.take(block * keys);
   w.more = pieces.take(block * keys);
-  w.sums = pieces.take(block * kernels.columns(std::max({S, E, dim, dim > 0 ? kernels.strip : 0})));
-  w.dh = pieces.take(dim > 0 ? block * kernels.columns(deepest) : 0);
-  w.peak = pieces.take(block);
-  w.total = pieces.take(block);
+  w.sums = pieces.take(rows * kernels.columns(std::max({S, E, dim, dim > 0 ? kernels.strip : 0})));
+  w.dh = pieces.take(dim > 0 ? rows * kernels.columns(deepest) : 0);
+  w.peak = pieces.take(rows);
+  w.total = pieces.take(rows);
   return w;
 }
 
-// Calls make(Pieces&) twice: to learn the size, and with memory, which it returns too.
+// Memory for what make(Pieces&) takes.
 template <class Make>
-auto allocate(Make make) {
-  Pieces size(nullptr);
-  make(size);
-  Scratch memory(size.used());
-  Pieces pieces(memory.get());
-  auto made = make(pieces);
-  return std::make_pair(std::move(memory), std::move(made));
+Scratch memory_for(Make make) {
+  Pieces pieces(nullptr);
+  make(pieces);
+  return Scratch(pieces.used());
 }
 
-auto works(const GauKernels& kernels, const GauAttentionParams& p, int64_t dim, int threads) {
-  return allocate([&](Pieces& pieces) {
-    std::vector<GauWork> all;
-    for (int i = 0; i < threads; ++i) all.push_back(work(pieces, kernels, p, dim));
-    return all;
-  });
-}
+// A call's memory: for each thread, and for a group of samples, which the next group uses again.
+template <class Sample>
+struct Memory {
+  Memory(const GauKernels& kernels, const GauAttentionParams& p, int64_t dim, int64_t block)
+      : threads(threads_for(p.batch * p.tokens * (p.key_size + p.value_size) * (p.tokens + 2 * dim), 1 << 20)),
+        step(group_size(p.batch, p.tokens, block, threads)),
+        work_(memory_for([&](Pieces& pieces) {
+          for (int i = 0; i < threads; ++i) work(pieces, kernels, p, dim);
+        })) {
+    Pieces pieces(work_.get());
+    for (int i = 0; i < threads; ++i) works.push_back(work(pieces, kernels, p, dim));
+  }
+
+  // For every group: make(Pieces&, b, Sample&) for each of its samples b, then body(group).
+  template <class Make, class Body>
+  void for_groups(int64_t batch, Make make, Body body) {
+    const Scratch panels = memory_for([&](Pieces& pieces) {
+      for (int64_t b = 0; b < std::min(step, batch); ++b) {
+        Sample sample{};
+        make(pieces, b, sample);
+      }
+    });
+    for (int64_t first = 0; first < batch; first += step) {
+      Pieces pieces(panels.get());
+      std::vector<Sample> group(std::min(step, batch - first));
+      for (size_t i = 0; i < group.size(); ++i) make(pieces, first + static_cast<int64_t>(i), group[i]);
+      body(group);
+    }
+  }
+
+  int threads;
+  int64_t step;
+  std::vector<GauWork> works;
+
+ private:
+  Scratch work_;
+};
 
 // body(thread, sample of the group, first row) for every block of rows of a group.
 template <class Body>
@@ -132,61 +160,46 @@ void sum_tiles(const GauKernels& kernels, const std::vector<GauSample>& group, s
     });
 }
 
-int threads_of(const GauAttentionParams& p, int64_t dim) {
-  return threads_for(p.batch * p.tokens * (p.key_size + p.value_size) * (p.tokens + 2 * dim), 1 << 20);
-}
-
 }  // namespace
 
 void gau_attention_cpu(const GauAttentionParams& p) {
   const GauKernels kernels = select(p.type, matrix_unit());
-  const int threads = threads_of(p, 0);
-  const int64_t step = group_size(p.batch, p.tokens, kernels.forward_block, threads);
   const Samples sample(p, false);
-  auto [memory, work] = works(kernels, p, 0, threads);
-  for (int64_t b = 0; b < p.batch; b += step) {
-    auto [panels, samples] = allocate([&](Pieces& pieces) {
-      std::vector<GauSample> group;
-      for (int64_t i = b; i < std::min(b + step, p.batch); ++i) take_forward(pieces, kernels, group.emplace_back(sample(i)));
-      return group;
-    });
-    auto& group = samples;
-    for_rows(group.size(), p.tokens, kernels.keys, threads,
+  Memory<GauSample> memory(kernels, p, 0, kernels.forward_block);
+  const auto make = [&](Pieces& pieces, int64_t b, GauSample& s) {
+    s = sample(b);
+    take_forward(pieces, kernels, s);
+  };
+  memory.for_groups(p.batch, make, [&](const std::vector<GauSample>& group) {
+    for_rows(group.size(), p.tokens, kernels.keys, memory.threads,
              [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i], key / kernels.keys); });
-    for_rows(group.size(), p.tokens, kernels.forward_block, threads,
-             [&, &work = work](int thread, int64_t i, int64_t row) { kernels.attend(group[i], work[thread], row); });
-  }
+    for_rows(group.size(), p.tokens, kernels.forward_block, memory.threads,
+             [&](int thread, int64_t i, int64_t row) { kernels.attend(group[i], memory.works[thread], row); });
+  });
 }
 
 void gau_attention_backward_cpu(const GauAttentionParams& p, const GauAttentionGradient& g) {
   const GauKernels kernels = select(p.type, matrix_unit());
-  const int threads = threads_of(p, 0);
-  const int64_t block = kernels.backward_block, step = group_size(p.batch, p.tokens, block, threads), T = p.tokens;
+  const int64_t block = kernels.backward_block, rows = kernels.row_block, T = p.tokens;
   const Samples sample(p, false);
-  auto [memory, made] = works(kernels, p, 0, threads);
-  auto& work = made;
-  for (int64_t b = 0; b < p.batch; b += step) {
-    auto [panels, samples] = allocate([&](Pieces& pieces) {
-      std::vector<GauSample> group;
-      for (int64_t i = b; i < std::min(b + step, p.batch); ++i) {
-        GauSample& s = group.emplace_back(sample(i));
-        s.grad = sample_of(g.grad, i, p.type), s.attended = sample_of(g.attended, i, p.type);
-        s.dq = sample_of(g.dq, i, p.type), s.dk = sample_of(g.dk, i, p.type);
-        s.dv = sample_of(g.dv, i, p.type), s.du = sample_of(g.du, i, p.type);
-        s.stats = g.stats == nullptr ? nullptr : const_cast<float*>(g.stats) + i * T;
-        take_backward(pieces, kernels, s);
-        s.g_left = pieces.take(kernels.left_floats(T + block, p.value_size));
-        s.g_turned = pieces.take(kernels.right_floats(p.value_size, T));
-        s.sum_dv = pieces.take(blocks_of(T, block) * block * kernels.columns(p.value_size));
-      }
-      return group;
-    });
-    auto& group = samples;
-    for_rows(group.size(), T, block, threads,
-             [&](int thread, int64_t i, int64_t row) { kernels.prepare(group[i], work[thread], row); });
-    sum_tiles(kernels, group, work, T, threads);
-    for_rows(group.size(), T, block, threads, [&](int, int64_t i, int64_t row) { kernels.finish(group[i], row); });
-  }
+  Memory<GauSample> memory(kernels, p, 0, block);
+  const auto make = [&](Pieces& pieces, int64_t b, GauSample& s) {
+    s = sample(b);
+    s.grad = sample_of(g.grad, b, p.type), s.attended = sample_of(g.attended, b, p.type);
+    s.dq = sample_of(g.dq, b, p.type), s.dk = sample_of(g.dk, b, p.type);
+    s.dv = sample_of(g.dv, b, p.type), s.du = sample_of(g.du, b, p.type);
+    s.stats = g.stats == nullptr ? nullptr : const_cast<float*>(g.stats) + b * T;
+    take_backward(pieces, kernels, s);
+    s.g_left = pieces.take(kernels.left_floats(T + block, p.value_size));
+    s.g_turned = pieces.take(kernels.right_floats(p.value_size, T));
+    s.sum_dv = pieces.take(blocks_of(T, block) * block * kernels.columns(p.value_size));
+  };
+  memory.for_groups(p.batch, make, [&](const std::vector<GauSample>& group) {
+    for_rows(group.size(), T, rows, memory.threads,
+             [&](int thread, int64_t i, int64_t row) { kernels.prepare(group[i], memory.works[thread], row); });
+    sum_tiles(kernels, group, memory.works, T, memory.threads);
+    for_rows(group.size(), T, rows, memory.threads, [&](int, int64_t i, int64_t row) { kernels.finish(group[i], row); });
+  });
 }
 
 namespace {
@@ -200,7 +213,13 @@ void pack_weight(const GauKernels& kernels, const void* data, int64_t rows, int6
                [&](int, int64_t i) { kernels.pack_weight(data, rows, columns, turned, i * kernels.strip, panel); });
 }
 
-// The parts of h and the projections of sample b. q and k are written into memory of the group.
+// A sample and its projections.
+struct UnitSample {
+  GauSample s;
+  GauUnit l;
+};
+
+// q and k, and h where it is not kept, are written into memory of the group.
 void take_unit(Pieces& pieces, const GatedAttentionUnitParams& p, int64_t b, GauSample& s, GauUnit& l) {
   const FloatType type = p.attention.type;
   const int64_t E = s.value_size, S = s.key_size, N = 2 * E + S, bytes = type == FloatType::f32 ? 4 : 2;
@@ -214,56 +233,49 @@ void take_unit(Pieces& pieces, const GatedAttentionUnitParams& p, int64_t b, Gau
   s.k = {pieces.take(floats_for(s.tokens * S, type)), 0, S};
 }
 
-using Group = std::vector<std::pair<GauSample, GauUnit>>;
-
 }  // namespace
 
 void gated_attention_unit_cpu(const GatedAttentionUnitParams& p) {
   const GauAttentionParams& a = p.attention;
   const GauKernels kernels = select(a.type, matrix_unit());
-  const int threads = threads_of(a, p.dim);
-  const int64_t step = group_size(a.batch, a.tokens, kernels.forward_block, threads), E = a.value_size, S = a.key_size;
+  const int64_t E = a.value_size, S = a.key_size;
   const Samples sample(a, true);
-  auto [memory, made] = works(kernels, a, p.dim, threads);
-  auto& work = made;
+  Memory<UnitSample> memory(kernels, a, p.dim, kernels.forward_block);
+  const int threads = memory.threads;
   const char* z = static_cast<const char*>(p.w_in) + 2 * E * p.dim * (a.type == FloatType::f32 ? 4 : 2);
   const Scratch uv_right(kernels.right_floats(2 * E, p.dim)), z_right(kernels.right_floats(S, p.dim)),
       out_right(kernels.right_floats(p.dim, E));
   pack_weight(kernels, p.w_in, 2 * E, p.dim, false, uv_right.get(), threads);
   pack_weight(kernels, z, S, p.dim, false, z_right.get(), threads);
   pack_weight(kernels, p.w_out, p.dim, E, false, out_right.get(), threads);
-  for (int64_t b = 0; b < a.batch; b += step) {
-    auto [panels, samples] = allocate([&](Pieces& pieces) {
-      Group group;
-      for (int64_t i = b; i < std::min(b + step, a.batch); ++i) {
-        auto& [s, l] = group.emplace_back(sample(i), GauUnit{});
-        take_unit(pieces, p, i, s, l);
-        take_forward(pieces, kernels, s);
-        l.uv_right = uv_right.get(), l.z_right = z_right.get(), l.out_right = out_right.get();
-      }
-      return group;
-    });
-    auto& group = samples;
+  const auto make = [&](Pieces& pieces, int64_t b, UnitSample& unit) {
+    auto& [s, l] = unit;
+    s = sample(b);
+    take_unit(pieces, p, b, s, l);
+    take_forward(pieces, kernels, s);
+    l.uv_right = uv_right.get(), l.z_right = z_right.get(), l.out_right = out_right.get();
+  };
+  memory.for_groups(a.batch, make, [&](const std::vector<UnitSample>& group) {
     for_rows(group.size(), a.tokens, kernels.forward_block, threads, [&](int thread, int64_t i, int64_t row) {
-      kernels.project(group[i].first, group[i].second, work[thread], row);
+      kernels.project(group[i].s, group[i].l, memory.works[thread], row);
     });
     for_rows(group.size(), a.tokens, kernels.keys, threads,
-             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i].first, key / kernels.keys); });
+             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i].s, key / kernels.keys); });
     for_rows(group.size(), a.tokens, kernels.forward_block, threads, [&](int thread, int64_t i, int64_t row) {
-      kernels.attend_unit(group[i].first, group[i].second, work[thread], row);
+      kernels.attend_unit(group[i].s, group[i].l, memory.works[thread], row);
     });
-  }
+  });
 }
 
 void gated_attention_unit_backward_cpu(const GatedAttentionUnitParams& p, const GatedAttentionUnitGradient& g) {
   const GauAttentionParams& a = p.attention;
   const GauKernels kernels = select(a.type, matrix_unit());
-  const int threads = threads_of(a, p.dim);
-  const int64_t T = a.tokens, E = a.value_size, S = a.key_size, N = 2 * E + S, d = p.dim, block = kernels.backward_block;
-  const int64_t step = group_size(a.batch, T, block, threads), weight_rows = 96;
+  const int64_t T = a.tokens, E = a.value_size, S = a.key_size, N = 2 * E + S, d = p.dim;
+  const int64_t block = kernels.backward_block, rows = kernels.row_block;
+  const int64_t weight_rows = 96;  // of the gradient of a weight, in one task
   const Samples sample(a, true);
-  auto [memory, made] = works(kernels, a, d, threads);
-  auto& work = made;
+  Memory<UnitSample> memory(kernels, a, d, block);
+  const int threads = memory.threads;
   const int64_t in_floats = (N + weight_rows) * kernels.columns(d), out_floats = (d + weight_rows) * kernels.columns(E);
   const Scratch in_turned(kernels.right_floats(d, N)), out_turned(kernels.right_floats(E, d)), sum_w_in(in_floats),
       sum_w_out(out_floats);
@@ -272,47 +284,43 @@ void gated_attention_unit_backward_cpu(const GatedAttentionUnitParams& p, const 
   std::vector<double> affine(4 * S);
   pack_weight(kernels, p.w_in, N, d, true, in_turned.get(), threads);
   pack_weight(kernels, p.w_out, d, E, true, out_turned.get(), threads);
-  for (int64_t b = 0; b < a.batch; b += step) {
-    auto [panels, samples] = allocate([&](Pieces& pieces) {
-      Group group;
-      for (int64_t i = b; i < std::min(b + step, a.batch); ++i) {
-        auto& [s, l] = group.emplace_back(sample(i), GauUnit{});
-        take_unit(pieces, p, i, s, l);
-        take_backward(pieces, kernels, s);
-        s.du = {pieces.take(floats_for(T * E, a.type)), 0, E};
-        l.grad = sample_of(g.grad, i, a.type), l.dx = sample_of(g.dx, i, a.type);
-        l.in_turned = in_turned.get(), l.out_turned = out_turned.get();
-        l.sum_w_in = sum_w_in.get(), l.sum_w_out = sum_w_out.get();
-        l.sum_affine = pieces.take(blocks_of(T, block) * 4 * S);
-        // One piece after another in time: what w_out needs, then dv; what the tiles need, then what w_in needs.
-        const int64_t sum_dv = blocks_of(T, block) * block * kernels.columns(E), gated = kernels.right_floats(E, T);
-        s.sum_dv = l.gated_turned = pieces.take(std::max(sum_dv, gated));
-        l.grad_turned = l.x_turned = pieces.take(std::max(kernels.left_floats(d, T), kernels.right_floats(d, T)));
-        const int64_t left = kernels.left_floats(T + block, E), turned = kernels.right_floats(E, T);
-        s.g_left = l.dh_turned = pieces.take(std::max(left + turned, kernels.left_floats(N + weight_rows, T)));
-        s.g_turned = s.g_left == nullptr ? nullptr : s.g_left + left;
-      }
-      return group;
-    });
-    auto& group = samples;
+  const auto make = [&](Pieces& pieces, int64_t b, UnitSample& unit) {
+    auto& [s, l] = unit;
+    s = sample(b);
+    take_unit(pieces, p, b, s, l);
+    take_backward(pieces, kernels, s);
+    s.du = {pieces.take(floats_for(T * E, a.type)), 0, E};
+    l.grad = sample_of(g.grad, b, a.type), l.dx = sample_of(g.dx, b, a.type);
+    l.in_turned = in_turned.get(), l.out_turned = out_turned.get();
+    l.sum_w_in = sum_w_in.get(), l.sum_w_out = sum_w_out.get();
+    l.sum_affine = pieces.take(blocks_of(T, rows) * 4 * S);
+    // One after another in time: what w_out needs, then dv; what the tiles need, then what w_in needs.
+    const int64_t sum_dv = blocks_of(T, block) * block * kernels.columns(E), gated = kernels.right_floats(E, T);
+    s.sum_dv = l.gated_turned = pieces.take(std::max(sum_dv, gated));
+    l.grad_turned = l.x_turned = pieces.take(std::max(kernels.left_floats(d + weight_rows, T), kernels.right_floats(d, T)));
+    const int64_t left = kernels.left_floats(T + block, E), turned = kernels.right_floats(E, T);
+    s.g_left = l.dh_turned = pieces.take(std::max(left + turned, kernels.left_floats(N + weight_rows, T)));
+    s.g_turned = s.g_left == nullptr ? nullptr : s.g_left + left;
+  };
+  memory.for_groups(a.batch, make, [&](const std::vector<UnitSample>& group) {
     std::vector<GauSample> attention;
     for (const auto& [s, l] : group) attention.push_back(s);
-    for_rows(group.size(), T, block, threads, [&](int thread, int64_t i, int64_t row) {
-      kernels.prepare_unit(group[i].first, group[i].second, work[thread], row);
+    for_rows(group.size(), T, rows, threads, [&](int thread, int64_t i, int64_t row) {
+      kernels.prepare_unit(group[i].s, group[i].l, memory.works[thread], row);
     });
     parallel_for(blocks_of(d, weight_rows), threads, [&](int, int64_t i) {
       for (const auto& [s, l] : group) kernels.sum_w_out(s, l, i * weight_rows, weight_rows);
     });
-    sum_tiles(kernels, attention, work, T, threads);
-    for_rows(group.size(), T, block, threads, [&](int thread, int64_t i, int64_t row) {
-      kernels.finish_unit(group[i].first, group[i].second, work[thread], row);
+    sum_tiles(kernels, attention, memory.works, T, threads);
+    for_rows(group.size(), T, rows, threads, [&](int thread, int64_t i, int64_t row) {
+      kernels.finish_unit(group[i].s, group[i].l, memory.works[thread], row);
     });
     parallel_for(blocks_of(N, weight_rows), threads, [&](int, int64_t i) {
       for (const auto& [s, l] : group) kernels.sum_w_in(s, l, i * weight_rows, weight_rows);
     });
     for (const auto& [s, l] : group)
-      for (int64_t i = 0; i < blocks_of(T, block) * 4 * S; ++i) affine[i % (4 * S)] += l.sum_affine[i];
-  }
+      for (int64_t i = 0; i < blocks_of(T, rows) * 4 * S; ++i) affine[i % (4 * S)] += l.sum_affine[i];
+  });
   kernels.round(sum_w_in.get(), kernels.columns(d), N, d, g.dw_in);
   kernels.round(sum_w_out.get(), kernels.columns(E), d, E, g.dw_out);
   for (int64_t i = 0; i < 2 * S; ++i) {

@@ -19,7 +19,17 @@ static inline void fill(float* out, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) out[i] = value;
 }
 
-static inline vec sigmoid(vec x) { return 1.0f / (1.0f + expv(-x)); }
+// 1 / (1 + e^-x), to about 2 ulp.
+static inline vec sigmoid(vec x) {
+  const vec d = 1.0f + expv(-maxv(splat(-87.0f), x));
+#if SUPY_LANES == 16
+  vec r;  // an estimate and one step of Newton's, a third of the time of a division
+  asm("vrcp14ps %1, %0" : "=v"(r) : "v"(d));
+  return r + r * (1.0f - d * r);
+#else
+  return 1.0f / d;
+#endif
+}
 static inline vec swish(vec x) { return x * sigmoid(x); }
 static inline vec swish_slope(vec x) {
   const vec s = sigmoid(x);
@@ -35,7 +45,10 @@ struct Activated {
 
 template <class Engine, class T>
 struct Gau {
-  static constexpr int64_t FORWARD = Engine::TILES ? 256 : 96, BACKWARD = Engine::TILES ? 256 : 192, KEYS = 384;
+  // Rows of sums that stay in the second-level cache, forward and while operands are prepared; rows and keys of a tile of
+  // gradients; keys of a tile of scores.
+  static constexpr int64_t FORWARD = Engine::TILES ? 192 : 96, ROWS = Engine::TILES ? 128 : 96;
+  static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 192, KEYS = 384;
   static constexpr Side L = Side::left, R = Side::right;
 
   static int64_t left_floats(int64_t rows, int64_t k) { return panel_floats<Engine, L>(rows, k); }
@@ -186,6 +199,17 @@ struct Gau {
       for (int64_t j = 0; j < n; j += LANES) store_some(row_of(out, first + r) + j, loadv(sums + r * step + j), n - j);
   }
 
+  // Rows of `out` = left * right over k; `sums` is used where results are not stored as they are.
+  static void product(int64_t rows, int64_t n, int64_t k, const float* left, const float* right, float* sums,
+                      const TokenMatrix& out, int64_t first) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (rows % Engine::LEFT == 0 && n % LANES == 0)
+        return multiply<Engine>(rows, n, words(k), left, depth(k), right, depth(k), row_of(out, first), out.token_step, false);
+    }
+    multiply<Engine>(rows, n, words(k), left, depth(k), right, depth(k), sums, columns(n), false);
+    store_rows(sums, columns(n), out, first, rows, n);
+  }
+
   static void attend(const GauSample& s, GauWork& w, int64_t row) {
     Engine::begin();
     const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size;
@@ -198,20 +222,26 @@ struct Gau {
 
   // --- backward: g = u * grad, and the sums over tiles of dS and A -----------------------------------------------------------
 
-  // Packs a block's g, q, k and v, stores du and rowsum(g * A v). `grad` may be w.sums, which g replaces.
+  // Packs a block's g, q, k and v, stores du and rowsum(g * A v). `grad` may be w.sums, which g replaces; with projections
+  // w.dh gets u * A v.
   template <class Source>
   static void prepare_from(const GauSample& s, GauWork& w, int64_t row, const Source& grad) {
-    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size, step = columns(E);
+    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, E = s.value_size, step = columns(E);
     for (int64_t r = 0; r < rows; ++r) {
       vec delta{};
       for (int64_t e = 0; e < E; e += LANES) {
         const vec dout = grad(r, e), attended = load_some(row_of(s.attended, row + r) + e, E - e);
         vec g = dout;
         if (s.u.data != nullptr) {
-          const vec u = load_some(row_of(s.u, row + r) + e, E - e);
-          const vec du = dout * attended;
-          g *= s.swish ? swish(u) : u;
-          store_some(row_of(s.du, row + r) + e, s.swish ? du * swish_slope(u) : du, E - e);
+          vec u = load_some(row_of(s.u, row + r) + e, E - e), du = dout * attended;
+          if (s.swish) {
+            const vec sigma = sigmoid(u);
+            u *= sigma;
+            du *= sigma + u * (1.0f - sigma);
+            storev(w.dh + r * step + e, u * attended);
+          }
+          g *= u;
+          store_some(row_of(s.du, row + r) + e, du, E - e);
         }
         g = Engine::rounded(g);  // as in the products, so that delta cancels what it has to
         delta += g * attended;
@@ -234,7 +264,7 @@ struct Gau {
   }
 
   static void prepare(const GauSample& s, GauWork& w, int64_t row) {
-    const int64_t end = at_most(row + BACKWARD, s.tokens), rows = rows_in(s, row, BACKWARD);
+    const int64_t end = at_most(row + ROWS, s.tokens), rows = rows_in(s, row, ROWS);
     prepare_from(s, w, row, rows_from(s.grad, row, s.length, s.value_size));
     if (s.u.data != nullptr) clear(s.du, row + rows, end, s.value_size);
   }
@@ -291,8 +321,8 @@ struct Gau {
   }
 
   static void finish(const GauSample& s, int64_t row) {
-    const int64_t rows = rows_in(s, row, BACKWARD), S = s.key_size, E = s.value_size;
-    const int64_t end = at_most(row + BACKWARD, s.tokens);
+    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, E = s.value_size;
+    const int64_t end = at_most(row + ROWS, s.tokens);
     store_rows(s.sum_dq + row * columns(S), columns(S), s.dq, row, rows, S);
     store_rows(s.sum_dk + row * columns(S), columns(S), s.dk, row, rows, S);
     store_rows(s.sum_dv + row * columns(E), columns(E), s.dv, row, rows, E);

@@ -39,7 +39,8 @@ struct GauWork {
 };
 
 struct GauKernels {
-  int64_t forward_block, backward_block, keys, strip;  // rows of a task; keys, columns of h, that are treated at once
+  int64_t forward_block, row_block, backward_block;  // rows of a task: forward, backward, and of a tile of gradients
+  int64_t keys, strip;                               // keys, and columns of h, that are treated at once
   int64_t (*left_floats)(int64_t rows, int64_t depth);
   int64_t (*right_floats)(int64_t rows, int64_t depth);
   int64_t (*columns)(int64_t n);  // of a row of results of n numbers
