@@ -49,6 +49,14 @@ def _gau_packed(B, T, dtype):
     return _floats(dtype, (1, T, 4), (1, T, 4), (1, T, 3)), {"cu_seqlens": ends, "causal": True}
 
 
+def _unit(**options):
+    def make(B, T, dtype):
+        shapes = (B, T, 6), (2 * 5 + 4, 6), (6, 5), (2, 4), (2, 4)
+        return _floats(dtype, *shapes), options | {"lengths": _lengths(B, T)}
+
+    return make
+
+
 def _full(loss):
     def make(B, T, dtype):
         spans = [_spans(B, 2, T)] if loss else []
@@ -97,6 +105,8 @@ TABLE = {
         _efficient(loss=False), any_order=True, checks_gradient=False
     ),
     "efficient_global_pointer_spans": Row(_efficient(loss=False), differentiable=False),
+    "gated_attention_unit": Row(_unit()),
+    "gated_attention_unit relu2": Row(_unit(kernel="relu2", causal=True)),
     "gau_attention": Row(_gau(kernel="softmax_plus")),
     "gau_attention relu2": Row(_gau(kernel="relu2", relu2_length=7, causal=True)),
     "gau_attention packed": Row(_gau_packed),

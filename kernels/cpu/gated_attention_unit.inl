@@ -32,6 +32,7 @@ struct Unit : Gau<Engine, T> {
   // h for a block of rows, and q and k from its last columns.
   static void project(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
     const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, S = s.key_size, d = l.dim;
+    clear(l.h, row + rows, at_most(row + FORWARD, s.tokens), 2 * E + S);
     if (rows == 0) return;
     Engine::begin();
     pack_rows<Engine, L>(rows_from(l.x, row, s.length, d), 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
