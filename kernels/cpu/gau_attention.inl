@@ -48,7 +48,7 @@ struct Gau {
   // Rows of sums that stay in the second-level cache, forward and while operands are prepared; rows and keys of a tile of
   // gradients; keys of a tile of scores.
   static constexpr int64_t FORWARD = Engine::TILES ? 192 : 96, ROWS = Engine::TILES ? 128 : 96;
-  static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 192, KEYS = 384;
+  static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 288, KEYS = 384;
   static constexpr Side L = Side::left, R = Side::right;
 
   static int64_t left_floats(int64_t rows, int64_t k) { return panel_floats<Engine, L>(rows, k); }
