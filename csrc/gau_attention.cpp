@@ -10,7 +10,7 @@ GauAttentionParams shape_of(const TensorView& x, int64_t S, int64_t E, const Vis
                             const char* op) {
   GauAttentionParams p{};
   p.batch = x.size(0), p.tokens = x.size(1), p.key_size = S, p.value_size = E;
-  p.type = float_type_of(x, op);
+  p.type = float_type(x, op);
   p.softmax = kernel != "relu2";
   p.visible = rows.view();
   return p;

@@ -1,49 +1,17 @@
 // Reading and checking what both GlobalPointers take.
 #pragma once
-#include <optional>
-
+#include "arguments.h"
 #include "spans.h"
-#include "tensor.h"
 
 namespace supy {
-
-inline FloatType float_type(const TensorView& x, const char* op) {
-  if (x.dtype() == DType::f32) return FloatType::f32;
-  if (x.dtype() == DType::bf16) return FloatType::bf16;
-  throw py::type_error(std::string("supy.") + op + ": no kernel for dtype " + name_of(x.dtype()));
-}
 
 // x has the shape [B, T, sizes...] and the dtype of q, in CPU memory.
 inline TokenRows token_rows(const TensorView& x, const char* op, const char* name, const TensorView& q,
                             const std::vector<int64_t>& shape) {
-  bool fits = x.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t i = 0; i < x.dim() && fits; ++i) fits = x.size(i) == shape[i];
-  SUPY_CHECK(fits, op, name << " has shape " << x.shape() << ", expected "
-                            << to_string(shape.data(), static_cast<int64_t>(shape.size())));
+  check_shape(x, op, name, shape);
   check_dtype(x, op, name, q.dtype());
-  SUPY_CHECK(!x.is_cuda(), op, name << " must be in CPU memory");
   const int64_t heads = x.dim() == 4 ? x.stride(2) : 0;
   return {x.data<void>(), x.stride(0), x.stride(1), heads, x.stride(x.dim() - 1)};
-}
-
-inline int64_t integer_at(const TensorView& x, int64_t i) {
-  return x.dtype() == DType::i64 ? x.data<int64_t>()[i * x.stride(0)] : x.data<int32_t>()[i * x.stride(0)];
-}
-
-// [B]; T for each sample where there is no tensor.
-inline std::vector<int64_t> read_lengths(const std::optional<TensorView>& lengths, const char* op, int64_t batch,
-                                         int64_t tokens) {
-  std::vector<int64_t> result(batch, tokens);
-  if (!lengths) return result;
-  SUPY_CHECK(lengths->dim() == 1 && lengths->size(0) == batch && !lengths->is_cuda(), op,
-             "lengths has shape " << lengths->shape() << ", expected [" << batch << "] in CPU memory");
-  if (lengths->dtype() != DType::i64) check_dtype(*lengths, op, "lengths", DType::i32);
-  for (int64_t b = 0; b < batch; ++b) {
-    result[b] = integer_at(*lengths, b);
-    SUPY_CHECK(result[b] >= 0 && result[b] <= tokens, op,
-               "lengths[" << b << "] is " << result[b] << ", expected 0 to T=" << tokens);
-  }
-  return result;
 }
 
 // The distinct rows of an int64 tensor [N, 4], sorted by `before`. Raises at the first row that names no visible cell.

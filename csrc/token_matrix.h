@@ -1,26 +1,11 @@
 // Reading and checking what gated attention takes: token matrices, and which keys each row sees.
 #pragma once
 #include <cmath>
-#include <optional>
 
+#include "arguments.h"
 #include "gau_attention.h"
-#include "tensor.h"
 
 namespace supy {
-
-inline FloatType float_type_of(const TensorView& x, const char* op) {
-  if (x.dtype() == DType::f32) return FloatType::f32;
-  if (x.dtype() == DType::bf16) return FloatType::bf16;
-  throw py::type_error(std::string("supy.") + op + ": no kernel for dtype " + name_of(x.dtype()));
-}
-
-inline void check_shape(const TensorView& x, const char* op, const char* name, const std::vector<int64_t>& shape) {
-  bool fits = x.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t i = 0; i < x.dim() && fits; ++i) fits = x.size(i) == shape[i];
-  SUPY_CHECK(fits, op, name << " has shape " << x.shape() << ", expected "
-                            << to_string(shape.data(), static_cast<int64_t>(shape.size())));
-  SUPY_CHECK(!x.is_cuda(), op, name << " must be in CPU memory");
-}
 
 // x has this shape [B, T, n] and the dtype of `like`; its last axis is contiguous.
 inline TokenMatrix token_matrix(const TensorView& x, const char* op, const char* name, const TensorView& like,
@@ -47,32 +32,13 @@ struct VisibleRows {
   VisibleKeys view() const { return {lengths.data(), first.data(), last.data(), factor.data(), share.data()}; }
 };
 
-inline std::vector<int64_t> integers(const TensorView& x, const char* op, const char* name) {
-  SUPY_CHECK(x.dim() == 1 && !x.is_cuda(), op, name << " has shape " << x.shape() << ", expected one axis in CPU memory");
-  if (x.dtype() != DType::i64) check_dtype(x, op, name, DType::i32);
-  std::vector<int64_t> result(x.size(0));
-  for (int64_t i = 0; i < x.size(0); ++i)
-    result[i] = x.dtype() == DType::i64 ? x.data<int64_t>()[i * x.stride(0)] : x.data<int32_t>()[i * x.stride(0)];
-  return result;
-}
-
-// [B]; T for each sample where there is no tensor.
-inline std::vector<int64_t> sample_lengths(const std::optional<TensorView>& lengths, const char* op, int64_t B, int64_t T) {
-  if (!lengths) return std::vector<int64_t>(B, T);
-  std::vector<int64_t> result = integers(*lengths, op, "lengths");
-  SUPY_CHECK(lengths->size(0) == B, op, "lengths has shape " << lengths->shape() << ", expected [" << B << "]");
-  for (int64_t b = 0; b < B; ++b)
-    SUPY_CHECK(result[b] >= 0 && result[b] <= T, op, "lengths[" << b << "] is " << result[b] << ", expected 0 to T=" << T);
-  return result;
-}
-
 // softmax_plus scales by log(max(l, 16)) / log 512, with l the keys that the row sees.
 inline VisibleRows visible_rows(const char* op, int64_t B, int64_t T, const std::optional<TensorView>& lengths,
                                 const std::optional<TensorView>& cu_seqlens, const std::string& kernel, bool causal,
                                 double scale, std::optional<double> relu2_length) {
   SUPY_CHECK(kernel == "relu2" || kernel == "softmax" || kernel == "softmax_plus", op, "kernel is '" << kernel << "'");
   VisibleRows rows;
-  rows.lengths = sample_lengths(lengths, op, B, T);
+  rows.lengths = read_lengths(lengths, op, B, T);
   rows.first.assign(B * T, 0), rows.last.assign(B * T, 0);
   if (cu_seqlens) {
     const std::vector<int64_t> ends = integers(*cu_seqlens, op, "cu_seqlens");

@@ -4,8 +4,6 @@
 static constexpr int64_t TILE = 64;  // rows and columns of a tile of scores: 16 KB, which stay in the first-level cache
 static constexpr int ROWS = LANES == 16 ? 8 : 4;  // rows of a register block: with 3 vectors of columns, all registers
 
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // Element (row, column) is at data[row * row_step + column * column_step].
 struct Matrix {
   const float* data;
@@ -67,29 +65,13 @@ static void gemm(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int6
   }
 }
 
-// out[j][i] = in[i][j] for i, j < LANES.
-static inline void transpose_block(const float* in, int64_t in_step, float* out, int64_t out_step) {
-  vec rows[LANES];
-  for (int i = 0; i < LANES; ++i) rows[i] = loadv(in + i * in_step);
-  for (int step = 1; step < LANES; step *= 2) {
-    ivec low, high;  // columns with this bit clear come from the first row of a pair
-    for (int i = 0; i < LANES; ++i) {
-      low[i] = i & step ? LANES + (i ^ step) : i;
-      high[i] = i & step ? LANES + i : i ^ step;
-    }
-    for (int i = 0; i < LANES; ++i) {
-      if (i & step) continue;
-      const vec a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-  for (int i = 0; i < LANES; ++i) storev(out + i * out_step, rows[i]);
-}
-
 // out[columns][rows] = in[rows][columns], both multiples of LANES.
 static void transpose(const float* in, int64_t in_step, int64_t rows, int64_t columns, float* out, int64_t out_step) {
   for (int64_t i = 0; i < rows; i += LANES)
-    for (int64_t j = 0; j < columns; j += LANES)
-      transpose_block(in + i * in_step + j, in_step, out + j * out_step + i, out_step);
+    for (int64_t j = 0; j < columns; j += LANES) {
+      vec block[LANES];
+      for (int l = 0; l < LANES; ++l) block[l] = loadv(in + (i + l) * in_step + j);
+      transpose(block);
+      for (int l = 0; l < LANES; ++l) storev(out + (j + l) * out_step + i, block[l]);
+    }
 }

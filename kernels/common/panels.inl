@@ -7,28 +7,6 @@
 
 enum class Side { left, right };
 
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// in[i][j] becomes in[j][i].
-static inline void transpose(vec rows[LANES]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < LANES; step *= 2) {
-    ivec low, high;  // columns with this bit clear come from the first row of a pair
-    for (int i = 0; i < LANES; ++i) {
-      low[i] = i & step ? LANES + (i ^ step) : i;
-      high[i] = i & step ? LANES + i : i ^ step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i & step) continue;
-      const vec a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
-
 // What packing reads: `LANES` numbers of row i from column j on; zeros beyond the last row and column.
 template <class T>
 struct Rows {
@@ -36,12 +14,7 @@ struct Rows {
   int64_t step, rows, columns;
 
   vec operator()(int64_t i, int64_t j) const {
-    if (i >= rows || j >= columns) return vec{};
-    const T* from = data + i * step + j;
-    if (j + LANES <= columns) return loadv(from);
-    vec v{};
-    for (int64_t l = 0; l < columns - j; ++l) v[l] = load(from + l);
-    return v;
+    return i < rows && j < columns ? load_some(data + i * step + j, columns - j) : vec{};
   }
 };
 

@@ -33,6 +33,21 @@ static inline void storev(bf16* p, vec v) {  // as round_to_bf16
   const halves upper = __builtin_convertvector((v != v ? nan : rounded) >> 16, halves);
   __builtin_memcpy(p, &upper, sizeof upper);
 }
+
+// The first `count` numbers of a row; zeros, or nothing, beyond.
+template <class T>
+static inline vec load_some(const T* p, int64_t count) {
+  if (count >= LANES) return loadv(p);
+  vec v{};
+  for (int64_t l = 0; l < count; ++l) v[l] = load(p + l);
+  return v;
+}
+template <class T>
+static inline void store_some(T* p, vec v, int64_t count) {
+  if (count >= LANES) return storev(p, v);
+  for (int64_t l = 0; l < count; ++l) store(p + l, v[l]);
+}
+
 static inline vec splat(float x) { return x - vec{}; }  // minus: adding 0 would have to turn -0 into 0
 
 // Where one is NaN: b.
@@ -48,6 +63,33 @@ static inline float max_of(vec v) {
   float top = v[0];
   for (int i = 1; i < LANES; ++i) top = v[i] > top ? v[i] : top;
   return top;
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+
+static inline void fill(float* out, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
+// in[i][j] becomes in[j][i].
+static inline void transpose(vec rows[LANES]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    ivec low, high;  // columns with this bit clear come from the first row of a pair
+    for (int i = 0; i < LANES; ++i) {
+      low[i] = i & step ? LANES + (i ^ step) : i;
+      high[i] = i & step ? LANES + i : i ^ step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & step) continue;
+      const vec a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 // One bit a lane.

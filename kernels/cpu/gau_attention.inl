@@ -2,23 +2,6 @@
 // that is multiplied with the values, so that neither is ever larger than a block.
 #include "panels.inl"
 
-template <class T>
-static inline vec load_some(const T* p, int64_t count) {
-  if (count >= LANES) return loadv(p);
-  vec v{};
-  for (int64_t l = 0; l < count; ++l) v[l] = load(p + l);
-  return v;
-}
-template <class T>
-static inline void store_some(T* p, vec v, int64_t count) {
-  if (count >= LANES) return storev(p, v);
-  for (int64_t l = 0; l < count; ++l) store(p + l, v[l]);
-}
-
-static inline void fill(float* out, int64_t count, float value) {
-  for (int64_t i = 0; i < count; ++i) out[i] = value;
-}
-
 // 1 / (1 + e^-x), to about 2 ulp.
 static inline vec sigmoid(vec x) {
   const vec d = 1.0f + expv(-maxv(splat(-87.0f), x));

@@ -20,10 +20,6 @@ static void read_token(const TokenRows& rows, FloatType type, int64_t batch, int
     read_row(static_cast<const float*>(rows.data) + at, rows.step, count, padded, factor, out);
 }
 
-static inline void fill(float* out, int64_t count, float value) {
-  for (int64_t i = 0; i < count; ++i) out[i] = value;
-}
-
 // out[size][TILE] = the tile's rows [TILE][size], turned; size is a multiple of LANES.
 static void turn_tile(const float* rows, int64_t size, float* out) { transpose(rows, size, TILE, size, out, TILE); }
 
