@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import graphs
+import mixed_chunk
 import pointers
 import torch
 
@@ -81,6 +82,25 @@ def _rotary_row(shape, dtype, interleaved):
         exact=eager,
         bytes=2 * numel * dtype.itemsize + 4 * shape[-2] * shape[-1],
         flops=3 * numel,
+    )
+
+
+# --- gated attention ---------------------------------------------------------------------------------------------------
+
+
+def _mixed_chunk_row(T, training):
+    layers = {name: both[training] for name, both in mixed_chunk.LAYERS.items()}
+    make = mixed_chunk.backward if training else mixed_chunk.forward
+    D, S, E, c = mixed_chunk.DIM, mixed_chunk.KEYS, mixed_chunk.VALUES, mixed_chunk.CHUNK
+    a_token = D * (2 * E + S) + E * D + c / 2 * (S + E) + 2 * S * E  # multiply-adds, forward
+    return Row(
+        "mixed_chunk_layer",
+        f"[1, {T}, {D}] causal, {'with gradients' if training else 'forward'}",
+        lambda: mixed_chunk.inputs(T),
+        {**layers, "torch.compile": make(compiled(mixed_chunk.eager))},
+        exact=layers["eager"],
+        flops=int(2 * T * a_token * (3 if training else 1)),
+        gradients=training,
     )
 
 
@@ -382,5 +402,8 @@ ROWS = [
     _sparse_row((4, 65), 8),
     _tasks_row((16, 4096, 12), "hard"),
     _tasks_row((16, 4096, 12), "soft"),
+    _mixed_chunk_row(4096, training=False),
+    _mixed_chunk_row(4096, training=True),
+    _mixed_chunk_row(16384, training=True),
     # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]

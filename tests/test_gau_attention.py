@@ -98,10 +98,8 @@ def test_values_and_gradients_in_each_dtype(regime, kernel, dtype):
     )
     plain = run(lambda *x: by_rows(*x, kernel, **options), tensors)
     for i, name in enumerate(("out", *NAMES)):
-        # A row of one key has no gradient in q and k: there, sums as large as the output cancel.
-        floor = exact[0].abs().max().item() if kernel != "relu2" and name in "qk" else 0.0
         label, factor = f"gau_attention {kernel}: {name}", 2 if i == 0 else 3
-        assert_close_to_reference(label, got[i], exact[i], plain[i], factor, floor=floor)
+        assert_close_to_reference(label, got[i], exact[i], plain[i], factor)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
-from supy.nn import EfficientGlobalPointer, GatedAttentionUnit, GlobalPointer
+from supy.nn import EfficientGlobalPointer, GatedAttentionUnit, GlobalPointer, MixedChunkAttention, ScaleNorm
 
 
 def complex_rotary(x):
@@ -45,6 +47,121 @@ def test_causal_unit_does_not_look_ahead():
     later = x.clone()
     later[:, 4:] += 1
     torch.testing.assert_close(unit(x)[:, :4], unit(later)[:, :4])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_mixed_chunk_attention_is_its_formula(causal):
+    torch.manual_seed(0)
+    layer = MixedChunkAttention(12, value_size=20, key_size=8, chunk_size=6, causal=causal).double()
+    with torch.no_grad():
+        layer.scale.normal_()
+        layer.offset.normal_()
+    x = torch.randn(2, 18, 12, dtype=torch.float64)
+    u, v, z = (part * part.sigmoid() for part in (x @ layer.project_in.weight.T).split((20, 20, 8), -1))
+    q, k, q_lin, k_lin = (complex_rotary(z * layer.scale[i] + layer.offset[i]) for i in range(4))
+    chunk = torch.arange(18) // 6
+    same, earlier = chunk[:, None] == chunk, (chunk[:, None] > chunk).double()
+    near = (q @ k.mT / math.sqrt(8)).relu() ** 2 / 6 * (same.tril() if causal else same)
+    far = q_lin @ k_lin.mT * (earlier / earlier.sum(1, keepdim=True).clamp(min=1) if causal else 1 / 18)
+    expected = (u * ((near + far) @ v)) @ layer.project_out.weight.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_mixed_chunk_attention_sees_no_padding():
+    layer = MixedChunkAttention(8, key_size=4, chunk_size=2)
+    x = torch.randn(2, 6, 8)
+    padded = x.clone()
+    padded[0, 3:] = 100.0
+    lengths = torch.tensor([3, 6])
+    assert torch.equal(layer(x, lengths=lengths)[0, :3], layer(padded, lengths=lengths)[0, :3])
+    torch.testing.assert_close(layer(x[:1, :3])[0], layer(x, lengths=lengths)[0, :3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_chunk_attention_goes_token_by_token(dtype):
+    torch.manual_seed(0)
+    layer = MixedChunkAttention(8, key_size=4, chunk_size=3, causal=True, normalizer="chunk_size").to(dtype)
+    x = torch.randn(3, 10, 8).to(dtype)
+    state = layer.state(3)
+    rows = torch.stack([layer.step(x[:, t], state) for t in range(10)], 1)
+    tolerance = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(rows, layer(x), **tolerance)
+
+    lengths = torch.tensor([0, 4, 7])  # each sample goes on where its prompt ends
+    prompt, state = layer.prefill(x[:, :7], lengths=lengths)
+    assert torch.equal(prompt, layer(x[:, :7], lengths=lengths))
+    for step in range(3):
+        at = lengths + step
+        row = layer.step(x[torch.arange(3), at], state)
+        torch.testing.assert_close(row, layer(x)[torch.arange(3), at], **tolerance)
+
+    with torch.autocast("cpu", torch.bfloat16):  # whose projections are bfloat16, whatever the parameters are
+        _, state = layer.prefill(x)
+        assert layer.step(x[:, 0], state).dtype == torch.bfloat16 == state.v.dtype
+    with pytest.raises(ValueError, match=r"supy\.MixedChunkAttention: only a layer with causal=True"):
+        MixedChunkAttention(8).prefill(x)
+
+
+def test_scale_norm_is_its_formula():
+    norm = ScaleNorm(5, eps=0.5).double()
+    with torch.no_grad():
+        norm.scale.fill_(-3)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    expected = -3 * x / (x.square().sum(-1, keepdim=True) / 5 + 0.5).sqrt()
+    torch.testing.assert_close(norm(x), expected)
+    for a, b in zip(torch.autograd.grad(norm(x).prod(), x), torch.autograd.grad(expected.prod(), x)):
+        torch.testing.assert_close(a, b)
+    large = torch.full((4,), 300.0, dtype=torch.float16)  # whose square is no float16
+    torch.testing.assert_close(ScaleNorm(4).half()(large), torch.ones(4, dtype=torch.float16))
+
+
+UNITS = pytest.mark.parametrize("Unit", [GatedAttentionUnit, MixedChunkAttention])
+
+
+@UNITS
+def test_units_under_gradient_checkpointing(Unit):
+    torch.manual_seed(0)
+    norm, unit = ScaleNorm(8), Unit(8, key_size=4, causal=True)
+    parameters = [*norm.parameters(), *unit.parameters()]
+    x, lengths = torch.randn(2, 9, 8, requires_grad=True), torch.tensor([9, 5])
+
+    def layer(x):
+        return x + unit(norm(x), lengths=lengths)
+
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *parameters])
+    kept = checkpoint(layer, x, use_reentrant=False)
+    got = torch.autograd.grad(kept.square().sum(), [x, *parameters])
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@UNITS
+def test_units_compile_without_graph_breaks(Unit):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    norm, unit = ScaleNorm(8), Unit(8, key_size=4, causal=True)
+    parameters = [*norm.parameters(), *unit.parameters()]
+
+    def loss(x, lengths):
+        return (x + unit(norm(x), lengths=lengths)).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for length in (5, 11):
+        x, lengths = torch.randn(2, length, 8), torch.tensor([3, length])
+        values = [function(x, lengths) for function in (compiled, loss)]
+        torch.testing.assert_close(*values)
+        for a, b in zip(*(torch.autograd.grad(value, parameters) for value in values), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_steps_take_one_graph():
+    backend = CompileCounterWithBackend("aot_eager")
+    layer = MixedChunkAttention(8, key_size=4, chunk_size=3, causal=True)
+    step = torch.compile(layer.step, fullgraph=True, backend=backend)
+    x, state = torch.randn(2, 8, 8), layer.state(2)
+    rows = torch.stack([step(x[:, t], state) for t in range(8)], 1)
+    torch.testing.assert_close(rows, layer(x))
+    assert backend.frame_count == 1
 
 
 def assert_is(pointer, hidden, expected):

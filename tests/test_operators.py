@@ -49,6 +49,23 @@ def _gau_packed(B, T, dtype):
     return _floats(dtype, (1, T, 4), (1, T, 4), (1, T, 3)), {"cu_seqlens": ends, "causal": True}
 
 
+def _mixed_chunk(**options):
+    def make(B, T, dtype):
+        sizes = (4, 4, 4, 4, 3, 3)
+        return _floats(dtype, *((B, T, n) for n in sizes)), {"chunk_size": 3, "lengths": _lengths(B, T)} | options
+
+    return make
+
+
+def _mixed_chunk_layer(**options):
+    def make(B, T, dtype):
+        shapes = (B, T, 5), (2 * 3 + 4, 5), (5, 3), (4, 4), (4, 4)
+        tensors = [x / 2 for x in _floats(dtype, *shapes)]
+        return tensors, {"chunk_size": 3, "lengths": _lengths(B, T)} | options
+
+    return make
+
+
 def _unit(**options):
     def make(B, T, dtype):
         shapes = (B, T, 6), (2 * 5 + 4, 6), (6, 5), (2, 4), (2, 4)
@@ -114,6 +131,11 @@ TABLE = {
     "global_pointer_scores": Row(_full(loss=False), any_order=True, checks_gradient=False),
     "global_pointer_spans": Row(_full(loss=False), differentiable=False),
     "maximal_cliques": Row(_graph, differentiable=False),
+    "mixed_chunk_attention": Row(_mixed_chunk()),
+    "mixed_chunk_attention causal": Row(_mixed_chunk(causal=True, lengths=None)),
+    "mixed_chunk_attention chunks": Row(_mixed_chunk(causal=True, normalizer="chunks")),
+    "mixed_chunk_layer": Row(_mixed_chunk_layer()),
+    "mixed_chunk_layer causal": Row(_mixed_chunk_layer(causal=True, lengths=None)),
     "multilabel_cross_entropy": Row(_dense_targets),
     "multitask_cross_entropy": Row(_tasks("hard")),
     "multitask_cross_entropy soft": Row(_tasks("soft")),

@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: each compiles ahead of time for sm_90 and runs in Triton's interpreter."""
 
+import functools
 import importlib
 import os
 import pkgutil
@@ -17,6 +18,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402 below the skips, as
 from triton.compiler import ASTSource  # noqa: E402 below the skips, as it needs Triton
 
 import supy.kernels  # noqa: E402 below the skips, as it needs Triton
+from supy.kernels._tiles import _FLOAT, _HALF, _TF32  # noqa: E402 below the skips, as it needs Triton
+from supy.kernels._tiles import LAUNCH as TILE_LAUNCH  # noqa: E402 below the skips, as it needs Triton
 from supy.kernels.global_pointer import LAUNCH  # noqa: E402 below the skips, as it needs Triton
 
 INTEGER, CONSTANT = "i32", "constexpr"
@@ -80,7 +83,70 @@ def _pointers():
             yield _pointer(efficient, "gradient", dtype, "own other", COLUMNS=columns, PART=64, HEADS=32, **tile)
 
 
+_TILE_TYPES = (
+    dict.fromkeys("q k v u g x y gate weights grad attended out du own other linear memories".split(), "{0}:16")
+    | dict.fromkeys("ds dq factor level levels mean slope states weight".split(), "*fp32:16")
+    | dict.fromkeys("keys seen lengths".split(), "*i32:16")
+    | dict.fromkeys(("scale", "divisor"), "fp32")
+)
+
+
+def _tile(module, kernel, dtype, tiles, types=None, **constants):
+    """A row; rows of tensors are aligned, which the operator sees to. ``{0}`` in a type is the dtype of q."""
+    name = f"{module}_{kernel}_kernel"
+    arguments = getattr(importlib.import_module(f"supy.kernels.{module}"), name).arg_names
+    constants = {x: tiles[x] for x in tiles if x in arguments} | constants
+    steps = {x: f"{INTEGER}:16" for x in arguments if x.endswith(("_b", "_t"))}
+    types = _TILE_TYPES | steps | (types or {})
+    types = {x: types.get(x, INTEGER).format(dtype) for x in arguments if x not in constants}
+    return module, name, (types, constants, TILE_LAUNCH)
+
+
+_SMALL = _HALF | dict.fromkeys(("BLOCK", "DEPTH", "COLUMNS"), 16)  # of chunks of 16 tokens
+
+
+def _gaus():
+    gradients = "keys scores_gradient queries_gradient"
+    for dtype, tiles, relu2, S, E, kernels in (
+        ("*bf16", _HALF, False, 128, 1536, f"rows weights values linear gate_gradient {gradients}"),
+        ("*bf16", _SMALL, True, 128, 1536, f"weights linear {gradients}"),
+        ("*fp16", _HALF, False, 128, 1536, gradients),
+        ("*fp16", _HALF, True, 80, 1520, "weights values scores_gradient"),
+        ("*fp32", _TF32, False, 128, 1536, f"rows weights values {gradients}"),
+        ("*fp32", _FLOAT, True, 144, 112, f"rows weights linear {gradients}"),
+    ):
+        slopes = {"ds": "*fp32:16" if dtype == "*fp16" else "{0}:16"}
+        sums = {"weights": slopes["ds"], "out": "*fp32:16", "attended": "*fp32:16"}
+        row = functools.partial(_tile, "gau_attention", dtype=dtype, tiles=tiles, types=slopes)
+        rows = {
+            "rows": row("rows", S=S),
+            "weights": row("weights", RELU2=relu2, S=S),
+            "values": row("values", GATED=True, SAVE=True, LINEAR=False, S=E, SIZE=E),
+            "linear": row("values", GATED=True, SAVE=False, LINEAR=True, S=S, SIZE=E),
+            "keys": row("values", types=sums, GATED=False, SAVE=False, LINEAR=False, S=S, SIZE=S, PART=128),
+            "scores_gradient": row("scores_gradient", RELU2=relu2, S=S, E=E),
+            "queries_gradient": row("queries_gradient", S=S, PART=128),
+            "gate_gradient": row("gate_gradient", GATED=True, E=E, BLOCK=16, PART=256),
+        }
+        yield from (rows[x] for x in kernels.split())
+
+
+def _mixed():
+    for dtype, tiles, causal, S, E in (
+        ("*bf16", _HALF, True, 128, 1536),
+        ("*fp16", _HALF, False, 80, 1520),
+        ("*fp32", _TF32, True, 128, 1536),
+        ("*fp32", _FLOAT, True, 144, 112),
+    ):
+        row = functools.partial(_tile, "mixed_chunk_attention", dtype=dtype, tiles=tiles, S=S, E=E)
+        yield row("states", ROWS=128)
+        yield row("linear_gradient", PART=128)
+        sizes = {"CAUSAL": causal, "REVERSED": causal, "SIZE": S * E, "PART": 1024}
+        yield _tile("mixed_chunk_attention", "memories", dtype, {}, **sizes)
+
+
 # A row: module of supy.kernels, kernel, (type of each argument that is no constant, constants, launch options if any).
+# ":16" after a type: a pointer or number that 16 divides.
 KERNELS = [
     ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
     ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
@@ -133,6 +199,8 @@ KERNELS = [
         )
     ),
     *_pointers(),
+    *_gaus(),
+    *_mixed(),
 ]
 
 
@@ -144,10 +212,17 @@ def test_compiles_for_sm_90(module, kernel, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # today's default, said aloud: else Triton 3.9 warns
     types, constants, *options = arguments
     function = getattr(importlib.import_module(f"supy.kernels.{module}"), kernel)
-    source = ASTSource(function, signature=types | dict.fromkeys(constants, CONSTANT), constexprs=constants)
+    divisible = {(function.arg_names.index(x),): [["tt.divisibility", 16]] for x in types if types[x].endswith(":16")}
+    types = {x: types[x].removesuffix(":16") for x in types}
+    source = ASTSource(function, types | dict.fromkeys(constants, CONSTANT), constants, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(*options))
-    assert compiled.asm["cubin"]
     assert ".local" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+    if not divisible:
+        return  # without these the compiler knows less than at run time, and registers may spill
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", tmp_path / "kernel.cubin"]
+    assert " STACK:0 " in subprocess.run(dump, capture_output=True, text=True, check=True).stdout, "registers spill"
 
 
 def test_every_kernel_is_in_the_table():

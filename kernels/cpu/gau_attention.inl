@@ -272,10 +272,12 @@ struct Gau {
       const float factor = s.factor[row + r];
       if (s.softmax) {
         const vec stats = splat(c0 < c1 ? s.stats[row + r] : 0), delta = splat(s.delta[row + r]);
+        // A single key has the weight 1 whatever its score; dA and delta cancel there up to rounding only.
+        const float slope = s.last[row + r] - s.first[row + r] > 1 ? factor : 0;
         for (int64_t c = c0 / LANES * LANES; c < c1; c += LANES) {
           const vec e = expv(factor * loadv(a + c) - stats);
           storev(a + c, e);
-          storev(d + c, e * (loadv(d + c) - delta) * factor);
+          storev(d + c, e * (loadv(d + c) - delta) * slope);
         }
       } else {
         const float share = s.share[row + r];

@@ -4,11 +4,15 @@ from supy.nn.convert import load_bert4keras_, load_bert4torch_
 from supy.nn.efficient_global_pointer import EfficientGlobalPointer
 from supy.nn.gated_attention_unit import GatedAttentionUnit
 from supy.nn.global_pointer import GlobalPointer
+from supy.nn.mixed_chunk_attention import MixedChunkAttention
+from supy.nn.scale_norm import ScaleNorm
 
 __all__ = [
     "EfficientGlobalPointer",
     "GatedAttentionUnit",
     "GlobalPointer",
+    "MixedChunkAttention",
+    "ScaleNorm",
     "load_bert4keras_",
     "load_bert4torch_",
 ]

@@ -19,6 +19,12 @@ from supy.ops.maximal_cliques import (
     batched_maximal_cliques,
     maximal_cliques,
 )
+from supy.ops.mixed_chunk_attention import (
+    MixedChunkState,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+)
+from supy.ops.mixed_chunk_layer import mixed_chunk_layer
 from supy.ops.multilabel_cross_entropy import multilabel_cross_entropy
 from supy.ops.multitask_cross_entropy import multitask_cross_entropy
 from supy.ops.rotary import rotary
@@ -28,6 +34,7 @@ __all__ = [
     "BatchedCliques",
     "CliqueLimitError",
     "Cliques",
+    "MixedChunkState",
     "batched_maximal_cliques",
     "efficient_global_pointer_loss",
     "efficient_global_pointer_scores",
@@ -38,6 +45,9 @@ __all__ = [
     "global_pointer_scores",
     "global_pointer_spans",
     "maximal_cliques",
+    "mixed_chunk_attention",
+    "mixed_chunk_layer",
+    "mixed_chunk_step",
     "multilabel_cross_entropy",
     "multitask_cross_entropy",
     "rotary",

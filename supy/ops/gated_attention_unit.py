@@ -121,7 +121,7 @@ def gated_attention_unit(
     >>> import torch, supy
     >>> x, w_in, w_out = torch.ones(1, 3, 4), torch.ones(2 * 5 + 2, 4), torch.ones(4, 5)
     >>> supy.ops.gated_attention_unit(x, w_in, w_out, torch.ones(2, 2), torch.zeros(2, 2))[0, 0]
-    tensor([77.1391, 77.1391, 77.1391, 77.1391])
+    tensor([77.1481, 77.1481, 77.1481, 77.1481])
     """
     op = "gated_attention_unit"
     shapes = Shapes(op)

@@ -13,6 +13,7 @@ from supy.ops._arguments import (
     check_lengths,
     check_like,
     default_scale,
+    triton_kernel,
     unit_stride,
     wants_gradient,
 )
@@ -95,14 +96,14 @@ _gau_attention = define(
     reference.gau_attention,
     fake=_fake,
     gradient=Gradient(_save, _backward),
-    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE),),
+    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE), triton_kernel("gau_attention", "gau_attention")),
 )
 _gau_attention_backward = define(
     "gau_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? u, Tensor attended, Tensor stats, "
     f"{OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.gau_attention_backward,
     fake=_fake_backward,
-    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE),),
+    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), triton_kernel("gau_attention", "gau_attention_backward")),
 )
 
 
