@@ -17,7 +17,7 @@ from ceilings import copy_rate, gemm_rate
 import supy
 
 RESULTS = pytest.StashKey[list]()
-PACKAGES = ("torch", "triton", "rotary-embedding-torch", "networkx", "igraph")
+PACKAGES = ("torch", "triton", "rotary-embedding-torch", "FLASH-pytorch", "networkx", "igraph")
 
 
 def pytest_addoption(parser):
@@ -94,6 +94,17 @@ def _cells(result, supy_seconds):
     return (*names, f"{1e3 * seconds:.4f}", ratio, ceiling, "")
 
 
+def _kept(path, results):
+    """Earlier lines of rows that this run has not measured; each line has its own date."""
+    if not path.exists():
+        return []
+    measured = {(r["operator"], r["case"]) for r in results}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        {"date": before["date"]} | r for r in before["results"] if (r["operator"], r["case"]) not in measured
+    ]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     results, device = config.stash[RESULTS], config.option.device
@@ -103,6 +114,8 @@ def pytest_terminal_summary(terminalreporter, config):
     table = [("operator", "case", "implementation", "min ms", "x supy", "% ceiling", "")]
     table += [_cells(r, of_supy.get((r["operator"], r["case"]))) for r in results]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for result in results:
+        result["date"] = datetime.date.today().isoformat()
     report = {
         "date": datetime.date.today().isoformat(),
         "device": _name_of(device),
@@ -126,6 +139,7 @@ def pytest_terminal_summary(terminalreporter, config):
         name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
         path = Path(__file__).parent / "results" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
+        report["results"] = _kept(path, results) + results
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gated_attention
 import graphs
 import mixed_chunk
 import pointers
@@ -31,6 +32,7 @@ class Row:
     bytes: int = 0  # read and written at the least: inputs once, outputs once
     flops: int = 0
     same: Callable | None = None  # same(result, expected) -> bool; None: one tensor, within a tolerance
+    unlike: tuple[str, ...] = ()  # implementations of something close, which are timed and not compared
     gradients: bool = False  # whether autograd records; the functions ask for their gradients themselves
 
 
@@ -86,6 +88,22 @@ def _rotary_row(shape, dtype, interleaved):
 
 
 # --- gated attention ---------------------------------------------------------------------------------------------------
+
+
+def _gated_attention_row(T, kernel="softmax_plus", *, causal=False, training=True, dtype=torch.float32):
+    make = gated_attention.backward if training else gated_attention.forward
+    plain = gated_attention.eager(kernel, causal)
+    layers = gated_attention.layers(kernel, causal, training)
+    return Row(
+        "gated_attention_unit",
+        f"[8, {T}, 768] {str(dtype)[6:]} {kernel}{' causal' if causal else ''}, {'with gradients' if training else 'forward'}",
+        lambda: gated_attention.inputs(T, dtype),
+        {**layers, "torch.compile": make(compiled(plain))},
+        exact=make(plain),
+        unlike=("FLASH-pytorch",),
+        flops=gated_attention.flops(T, causal, training),
+        gradients=training,
+    )
 
 
 def _mixed_chunk_row(T, training):
@@ -402,6 +420,15 @@ ROWS = [
     _sparse_row((4, 65), 8),
     _tasks_row((16, 4096, 12), "hard"),
     _tasks_row((16, 4096, 12), "soft"),
+    *(
+        _gated_attention_row(T, training=training, dtype=dtype)
+        for T in (512, 1024, 2048)
+        for dtype in (torch.float32, torch.bfloat16)
+        for training in (False, True)
+    ),
+    _gated_attention_row(1024, "relu2"),
+    _gated_attention_row(2048, causal=True),
+    _gated_attention_row(2048, causal=True, dtype=torch.bfloat16),
     _mixed_chunk_row(4096, training=False),
     _mixed_chunk_row(4096, training=True),
     _mixed_chunk_row(16384, training=True),
