@@ -39,9 +39,9 @@ def copy_rate(size: int, device: str) -> float:
 
 
 @functools.cache
-def gemm_rate(device: str) -> float:
-    """float32 operations a second of a square matrix product."""
+def gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a square matrix product."""
     n = 2048 if device == "cpu" else 8192
-    a = torch.randn(n, n, device=device)
+    a = torch.randn(n, n, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * n**3 / _fastest(lambda: torch.mm(a, a, out=out), device, 1.0)

@@ -52,7 +52,7 @@ def record(request):
 
     def add(row, implementation, seconds, note=""):
         moving = row.bytes / copy_rate(row.bytes, device) if row.bytes else 0
-        computing = row.flops / gemm_rate(device) if row.flops else 0
+        computing = row.flops / gemm_rate(device, row.dtype) if row.flops else 0
         request.config.stash[RESULTS].append(
             {
                 "operator": row.operator,
@@ -125,6 +125,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "versions": {package: _version(package) for package in PACKAGES},
         "copy_bytes_per_second": {f"{size >> 20} MB": copy_rate(size, device) for size in (2**24, 2**28)},
         "gemm_flops_per_second": gemm_rate(device),
+        "gemm_flops_per_second_bfloat16": gemm_rate(device, torch.bfloat16),
         "results": results,
     }
     copies = ", ".join(f"{rate / 1e9:.0f} ({size})" for size, rate in report["copy_bytes_per_second"].items())

@@ -31,6 +31,7 @@ class Row:
     exact: Callable | None = None  # None: there is no result to compare
     bytes: int = 0  # read and written at the least: inputs once, outputs once
     flops: int = 0
+    dtype: torch.dtype = torch.float32  # of the matrix products that these operations are
     same: Callable | None = None  # same(result, expected) -> bool; None: one tensor, within a tolerance
     unlike: tuple[str, ...] = ()  # implementations of something close, which are timed and not compared
     gradients: bool = False  # whether autograd records; the functions ask for their gradients themselves
@@ -102,6 +103,7 @@ def _gated_attention_row(T, kernel="softmax_plus", *, causal=False, training=Tru
         exact=make(plain),
         unlike=("FLASH-pytorch",),
         flops=gated_attention.flops(T, causal, training),
+        dtype=dtype,
         gradients=training,
     )
 
