@@ -5,6 +5,10 @@ import sys
 import pytest
 import torch
 
+# ``with torch.device("meta")`` looks a constructor up among those that were there at its first use: before the poisoning.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -7,16 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("named_entities", EXAMPLES / "named_entities.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load("named_entities")
+
+
+@pytest.fixture(scope="module")
+def poems():
+    return load("flash_language_model")
 
 
 def test_named_entities_runs():
@@ -92,3 +102,98 @@ def test_words_are_joined(script, tmp_path):
 def test_nested_entities_are_marked(script):
     sentence = script.Sentence("北安大学周伟", frozenset({("ORG", 0, 3), ("LOC", 0, 1), ("PER", 4, 5)}))
     assert script.mark(sentence) == "[ORG [LOC 北安]大学][PER 周伟]"
+
+
+TINY = ["--generate", "150", "--width", "32", "--layers", "2"]
+
+
+def test_flash_language_model_runs(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, EXAMPLES / "flash_language_model.py", *TINY, "--epochs", "5", "--out", tmp_path],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "training, FLASH" in ran.stderr and "training, Transformer" in ran.stderr
+    rows = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines() if line[:5] in ("FLASH", "Trans"))
+    figures = [[float(x.replace(",", "")) for x in rows[name].split()[:2]] for name in ("FLASH", "Transformer")]
+    (size, perplexity), (other_size, other) = figures
+    assert abs(size / other_size - 1) < 0.01
+    assert max(perplexity, other) < 60  # less than the 87 characters: both learn
+    assert "\n浣溪沙·" in ran.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["characters.json", "config.json", "model.safetensors"]
+
+
+def test_killed_training_goes_on_as_if_nothing_had_been(poems, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    texts = poems.generate(80)
+    alphabet = poems.Alphabet(texts)
+    config = poems.FlashLMConfig(len(alphabet), 16, 32, 8, num_hidden_layers=1, chunk_size=64)
+    monkeypatch.setattr(poems, "SAVE_EVERY", -1)
+    monkeypatch.setattr(poems, "BATCH", 4)
+    start = poems.FlashLM(config).state_dict()
+
+    def train(folder, settings=None):
+        network = poems.FlashLM(config)
+        network.load_state_dict(start)
+        poems.fit(network, texts, alphabet, 3, 0, "FLASH", folder / "a.safetensors", settings or {"a": 1})
+        return network.state_dict()
+
+    whole = train(tmp_path / "whole")
+
+    class Killed(poems.tqdm):
+        def update(self):
+            super().update()
+            if self.n == 4:  # in the second of the passes, before the step is saved
+                raise KeyboardInterrupt
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(poems, "tqdm", Killed)
+        train(killed)
+    steps = []
+    monkeypatch.setattr(poems, "cross_entropy", lambda *a, run=poems.cross_entropy: steps.append(0) or run(*a))
+    again = train(killed)
+    assert len(steps) == 3 * (len(alphabet.pack(texts)[0]) // 4) - 3
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    with pytest.raises(ValueError, match="is of another run"):
+        train(killed, {"a": 2})
+    (killed / "a.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        train(killed)
+
+
+def test_flash_language_model_refuses_bad_input_in_one_line(poems, tmp_path, monkeypatch, capsys):
+    def error(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flash_language_model.py", "--out", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit) as exit:
+            poems.main()
+        assert exit.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    monkeypatch.setenv("SUPY_DATA", str(tmp_path))
+    file = tmp_path / "text" / "songci" / "songci.txt"
+    assert f"No such file or directory: '{file}'" in error()
+    file.parent.mkdir(parents=True)
+    file.write_text("a\nb\n\nc\nd", encoding="utf-8")
+    assert f"{file}: expected poems with a blank line between them, got 2; get https" in error()
+    file.write_bytes(b"\xff")
+    assert "codec" in error()
+    assert "invalid positive value: '0'" in error("--epochs", "0")
+
+
+def test_generated_poems_and_their_rows(poems):
+    some = poems.generate(100)
+    assert some[:30] == poems.generate(30)
+    for poem in some:
+        title, *lines = poem.split("\n")
+        assert [len(line) - 1 for line in lines] == list(poems.TITLES[title.removesuffix("·无名")])
+        assert len({next(rhyme for rhyme in poems.RHYMES if line[-2] in rhyme) for line in lines}) == 1
+    alphabet = poems.Alphabet(some)
+    ids, targets = alphabet.pack(some)
+    assert ids.shape == targets.shape and ids.shape[1] == poems.LENGTH
+    assert torch.equal(ids.flatten()[1:], targets.flatten()[:-1])
+    text = "".join(alphabet.characters[i] if i > 1 else "|" for i in ids.flatten())
+    assert "".join(f"|{poem}" for poem in some).startswith(text)
+    assert alphabet.encode("龘") == [0]

@@ -19,6 +19,7 @@ class GatedAttentionUnit(nn.Module):
         value_size: size of U and V; default 2 dim, with which two units match one attention and one feed-forward layer.
         key_size: size of q and k, even.
         kernel, causal: as in :func:`supy.ops.gau_attention`.
+        offset: False for none, as in GAU-alpha; it is then 0, and no parameter.
 
     >>> unit = GatedAttentionUnit(32)
     >>> unit(torch.zeros(2, 5, 32), lengths=torch.tensor([5, 3])).shape
@@ -33,6 +34,7 @@ class GatedAttentionUnit(nn.Module):
         key_size: int = 128,
         kernel: str = "softmax_plus",
         causal: bool = False,
+        offset: bool = True,
     ):
         super().__init__()
         self.sizes = (value_size or 2 * dim, value_size or 2 * dim, key_size)
@@ -41,7 +43,10 @@ class GatedAttentionUnit(nn.Module):
         self.project_in = nn.Linear(dim, sum(self.sizes), bias=False)
         self.project_out = nn.Linear(self.sizes[0], dim, bias=False)
         self.scale = nn.Parameter(torch.ones(2, key_size))
-        self.offset = nn.Parameter(torch.zeros(2, key_size))
+        if offset:
+            self.offset = nn.Parameter(torch.zeros(2, key_size))
+        else:
+            self.register_buffer("offset", torch.zeros(2, key_size), persistent=False)
         for projection in (self.project_in, self.project_out):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
