@@ -187,6 +187,7 @@ def _same(got, expected):
 
 def test_every_public_operator_has_a_row():
     functions = {name for name in supy.ops.__all__ if name[0].islower()}
+    functions.remove("mixed_chunk_step")  # no operator: plain PyTorch on a state that it changes
     assert {name.split()[0] for name in TABLE} == functions
 
 

@@ -17,13 +17,7 @@ static inline vec only_first(vec v, int64_t count) {
   return lane < static_cast<int32_t>(count < 0 ? 0 : count < LANES ? count : LANES) ? v : vec{};
 }
 
-template <class T>
-static inline void write(T* to, vec value, int64_t count) {
-  if (count >= LANES) return storev(to, value);
-  for (int64_t l = 0; l < count; ++l) store(to + l, value[l]);
-}
-
-// --- one sample ----------------------------------------------------------------------------------------------------------
+// --- one sample -------------------------------------------------------------------------------------------------------
 
 template <class Engine, class T>
 struct MixedChunk {
@@ -116,6 +110,7 @@ struct MixedChunk {
   T* token(const TokenMatrix& x, int64_t t) const {
     return static_cast<T*>(x.data) + b * x.batch_step + t * x.token_step;
   }
+
   // --- packing: one copy of each for the many places that need it, because the compiler takes long over them
 
   template <class From>
@@ -152,10 +147,11 @@ struct MixedChunk {
     }
     return {to, to_step, x.rows, x.columns};
   }
+  // u * grad.
   Rows<float> gated(int64_t chunk, const Chunk& from, int64_t columns, int64_t column) const {
     return {from.g + column, step, tokens_of(chunk), columns};
   }
-  // The same of sums, of which `columns` from e on are needed.
+  // Columns of M or dM.
   Rows<float> block_of(const float* sums, int64_t e, int64_t columns) const { return {sums + e, step, S, columns}; }
 
   // --- products of a square of tokens, of which a causal form needs the lower triangle
@@ -176,9 +172,10 @@ struct MixedChunk {
       const int64_t count = at_most(high, n - i);
       const int64_t first = p.causal && turned ? i / Engine::WORD : 0;
       const int64_t last = depth_of<Engine>(p.causal && !turned ? i + count : n);
-      const float* rows = at<Engine, Side::left>(a, over_tokens, i, first);
-      multiply<Engine>(count, columns, last - first, rows, over_tokens, at<Engine, Side::right>(b, over_tokens, 0, first),
-                       over_tokens, to + i * to_step, to_step, false);
+      const float* left = at<Engine, Side::left>(a, over_tokens, i, first);
+      const float* right = at<Engine, Side::right>(b, over_tokens, 0, first);
+      multiply<Engine>(count, columns, last - first, left, over_tokens, right, over_tokens, to + i * to_step, to_step,
+                       false);
     }
   }
 
