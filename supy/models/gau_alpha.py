@@ -17,7 +17,7 @@ from supy._checks import require
 from supy.events.checkpoint import read_tensors
 from supy.models._pretrained import Pretrained, check_config
 from supy.models._tensorflow import read_checkpoint
-from supy.nn import GatedAttentionUnit
+from supy.nn.gated_attention_unit import GatedAttentionUnit, gau_normal_
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class GAUAlpha(Pretrained):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 shape = module.weight.shape if isinstance(module, nn.Embedding) else module.weight.mT.shape
                 h = shape[0] if 10 <= shape[0] <= 10000 else shape[1]
-                # A normal number cut off at two sigma has 1 / 1.13684723 of the standard deviation.
-                std = 1.13684723 * h**-0.5 * self.config.num_hidden_layers ** (-1 / 3)
-                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                gau_normal_(module.weight, h, self.config.num_hidden_layers)
         for unit in self.units:
             nn.init.ones_(unit.scale)
 

@@ -8,6 +8,20 @@ from torch import nn
 from supy import ops
 
 
+def gau_normal_(weight: torch.Tensor, inputs: int, layers: int) -> torch.Tensor:
+    """Fills ``weight`` with normal numbers cut off at two sigma, of standard deviation 1 / sqrt(inputs) / layers^(1/3).
+
+    The initial values of GAU-alpha (post 9052): three matrices follow each other in a unit, so that the branches of all
+    units together begin as large as one.
+
+    >>> weight = gau_normal_(torch.empty(2000, 768), 768, layers=24)
+    >>> round(weight.std().item(), 4)
+    0.0125
+    """
+    std = 1.13684723 * inputs**-0.5 * layers ** (-1 / 3)  # a normal number cut off at two sigma has std / 1.13684723
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
 class GatedAttentionUnit(nn.Module):
     """O = (U * (A V)) W_o with A = attention of rotated, scaled copies of Z (arXiv 2202.10447; post 8934).
 
@@ -20,6 +34,8 @@ class GatedAttentionUnit(nn.Module):
         key_size: size of q and k, even.
         kernel, causal: as in :func:`supy.ops.gau_attention`.
         offset: False for none, as in GAU-alpha; it is then 0, and no parameter.
+        layers: of units in the whole network, for initial projections as in GAU-alpha (:func:`gau_normal_`); None: normal
+            with a standard deviation of 1 / sqrt(inputs).
 
     >>> unit = GatedAttentionUnit(32)
     >>> unit(torch.zeros(2, 5, 32), lengths=torch.tensor([5, 3])).shape
@@ -35,6 +51,7 @@ class GatedAttentionUnit(nn.Module):
         kernel: str = "softmax_plus",
         causal: bool = False,
         offset: bool = True,
+        layers: int | None = None,
     ):
         super().__init__()
         self.sizes = (value_size or 2 * dim, value_size or 2 * dim, key_size)
@@ -48,7 +65,10 @@ class GatedAttentionUnit(nn.Module):
         else:
             self.register_buffer("offset", torch.zeros(2, key_size), persistent=False)
         for projection in (self.project_in, self.project_out):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            if layers is None:
+                nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+            else:
+                gau_normal_(projection.weight, projection.in_features, layers)
 
     def forward(
         self,

@@ -88,6 +88,24 @@ def unit_stride(x: torch.Tensor | None) -> torch.Tensor | None:
     return x if x is None or x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()
 
 
+def check_unit(shapes: Shapes, x, w_in, w_out, gamma, beta, heads: str) -> None:
+    """x `[B, T, D]`, w_in `[2 E + S, D]`, w_out `[D, E]`, gamma and beta `[heads, S]`: the tensors of a gated layer."""
+    op = shapes.op
+    shapes.floating("x", x)
+    shapes.match("x", x, "B T D")
+    shapes.match("w_out", w_out, "D E", x.dtype)
+    shapes.match("gamma", gamma, f"{heads} S")
+    shapes.match("beta", beta, f"{heads} S")
+    shapes.match("w_in", w_in, "2E+S D", x.dtype)
+    E, S = shapes["E"], shapes["S"]
+    require(w_in.shape[0] == 2 * E + S, op, f"w_in has {w_in.shape[0]} rows, expected 2 E + S = {2 * E + S}")
+    even = shapes[heads] == int(heads) and S % 2 == 0
+    require(even, op, f"gamma has shape {list(gamma.shape)}, expected [{heads}, S] with S even")
+    for name, tensor in (("w_in", w_in), ("w_out", w_out), ("gamma", gamma), ("beta", beta)):
+        shapes.floating(name, tensor)
+        shapes.same_device(name, tensor, "x", x)
+
+
 def define_loss(
     name: str,
     tensors: tuple[str, ...],

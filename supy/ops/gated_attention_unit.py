@@ -7,9 +7,9 @@ import functools
 import torch
 
 from supy import _extension
-from supy._checks import Shapes, require
+from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
-from supy.ops._arguments import NATIVE, TRITON, default_scale, unit_stride, wants_gradient
+from supy.ops._arguments import NATIVE, TRITON, check_unit, default_scale, unit_stride, wants_gradient
 from supy.ops.gau_attention import OPTIONS, check_options, stats_like
 from supy.ops.rotary import arange_table
 from supy.reference import gated_attention_unit as reference
@@ -125,21 +125,10 @@ def gated_attention_unit(
     """
     op = "gated_attention_unit"
     shapes = Shapes(op)
-    shapes.floating("x", x)
-    shapes.match("x", x, "B T D")
-    shapes.match("w_out", w_out, "D E", x.dtype)
-    shapes.match("gamma", gamma, "2 S")
-    shapes.match("beta", beta, "2 S")
-    shapes.match("w_in", w_in, "2E+S D", x.dtype)
-    E, S = shapes["E"], shapes["S"]
-    require(w_in.shape[0] == 2 * E + S, op, f"w_in has {w_in.shape[0]} rows, expected 2 E + S = {2 * E + S}")
-    require(shapes["2"] == 2 and S % 2 == 0, op, f"gamma has shape {list(gamma.shape)}, expected [2, S] with S even")
-    for name, tensor in (("w_in", w_in), ("w_out", w_out), ("gamma", gamma), ("beta", beta)):
-        shapes.floating(name, tensor)
-        shapes.same_device(name, tensor, "x", x)
+    check_unit(shapes, x, w_in, w_out, gamma, beta, "2")
     relu2_length = check_options(shapes, x, "x", kernel, lengths, cu_seqlens, relu2_length)
-    table = arange_table(x, shapes["T"], S // 2)
+    table = arange_table(x, shapes["T"], shapes["S"] // 2)
     tensors = x, w_in, w_out, gamma, beta
-    scale = default_scale(scale, S)
+    scale = default_scale(scale, shapes["S"])
     save = wants_gradient(*tensors)
     return _unit(*tensors, *table, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save)[0]

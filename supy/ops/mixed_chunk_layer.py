@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from supy import _extension
-from supy._checks import Shapes, require
+from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
-from supy.ops._arguments import NATIVE, TRITON, check_lengths, wants_gradient
+from supy.ops._arguments import NATIVE, TRITON, check_lengths, check_unit, wants_gradient
 from supy.ops.mixed_chunk_attention import OPTIONS, check_options, chunk_weights
 from supy.ops.rotary import arange_table
 from supy.reference import mixed_chunk_layer as reference
@@ -253,18 +253,7 @@ def mixed_chunk_layer(
     """
     op = "mixed_chunk_layer"
     shapes = Shapes(op)
-    shapes.floating("x", x)
-    shapes.match("x", x, "B T D")
-    shapes.match("w_out", w_out, "D E", x.dtype)
-    shapes.match("gamma", gamma, "4 S")
-    shapes.match("beta", beta, "4 S")
-    shapes.match("w_in", w_in, "2E+S D", x.dtype)
-    E, S = shapes["E"], shapes["S"]
-    require(w_in.shape[0] == 2 * E + S, op, f"w_in has {w_in.shape[0]} rows, expected 2 E + S = {2 * E + S}")
-    require(shapes["4"] == 4 and S % 2 == 0, op, f"gamma has shape {list(gamma.shape)}, expected [4, S] with S even")
-    for name, tensor in (("w_in", w_in), ("w_out", w_out), ("gamma", gamma), ("beta", beta)):
-        shapes.floating(name, tensor)
-        shapes.same_device(name, tensor, "x", x)
+    check_unit(shapes, x, w_in, w_out, gamma, beta, "4")
     check_lengths(shapes, lengths, x)
     check_options(op, chunk_size, normalizer)
     tensors = x, w_in, w_out, gamma, beta
@@ -272,5 +261,5 @@ def mixed_chunk_layer(
     saves = x.device.type == "cpu" and wants_gradient(*tensors)
     segment = segment_of(chunk_size) if saves and causal else 0
     keep = saves and shapes["B"] * shapes["T"] * w_in.shape[0] * x.element_size() <= _KEPT
-    table = arange_table(x, shapes["T"], S // 2)
+    table = arange_table(x, shapes["T"], shapes["S"] // 2)
     return _layer(*tensors, *table, lengths, chunk_size, causal, normalizer, segment, keep)[0]
