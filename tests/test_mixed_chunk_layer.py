@@ -61,10 +61,10 @@ def _gradients(function, tensors, weight):
 NAMES = ("out", "dx", "dw_in", "dw_out", "dgamma", "dbeta")
 
 
-both_memories = pytest.mark.parametrize("kept", [1 << 26, 0], ids=["kept", "computed again"])
+memories = pytest.mark.parametrize("kept", [1 << 26, 1200, 0], ids=["kept", "some kept", "computed again"])
 
 
-@both_memories
+@memories
 @every_regime
 def test_float64_is_its_parts(regime, kept, monkeypatch):
     monkeypatch.setattr(layer_module, "_KEPT", kept)
@@ -76,7 +76,7 @@ def test_float64_is_its_parts(regime, kept, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11, msg=lambda m: f"{name}: {m}")
 
 
-@both_memories
+@memories
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_regime
 def test_values_and_gradients_in_each_dtype(regime, dtype, kept, monkeypatch):

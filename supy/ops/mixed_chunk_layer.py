@@ -19,7 +19,7 @@ from supy.reference._masks import wide
 
 _TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor gamma, Tensor beta, Tensor cosine, Tensor sine"
 _SEGMENT = 512  # tokens whose u, v and z are in memory at once on the CPU
-_KEPT = 1 << 26  # bytes of x w_in^T up to which it is kept for the gradient there
+_KEPT = 1 << 26  # bytes of x w_in^T that are kept for the gradient there, of each sample's first tokens
 
 
 def _save(ctx, inputs, output):
@@ -41,12 +41,21 @@ def _fake(x, w_in, w_out, gamma, beta, cosine, sine, lengths, chunk_size, causal
     count = -(-T // segment) if segment else 0
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     sums = x.new_empty((count, B, gamma.shape[1], w_out.shape[1]) if segment else 0, dtype=precise)
-    h = x.new_empty((B, T, w_in.shape[0]) if keep else 0)
+    h = x.new_empty((B, keep, w_in.shape[0]) if keep else 0)
     return x.new_empty(x.shape), sums, h
 
 
 def _fake_backward(grad, x, w_in, w_out, gamma, beta, *_):
     return tuple(t.new_empty(t.shape) for t in (x, w_in, w_out, gamma, beta))
+
+
+def _kept_tokens(x, w_in, segment):
+    """T, or as many segments as there is room for."""
+    B, T, _ = x.shape
+    room = _KEPT // max(B * w_in.shape[0] * x.element_size(), 1)
+    if room >= T:
+        return T
+    return room // segment * segment if segment else 0
 
 
 def segment_of(chunk_size: int) -> int:
@@ -65,7 +74,7 @@ class _Pieces:
         self.x, self.w_in, self.w_out = x, w_in.contiguous(), w_out.contiguous()
         self.gamma, self.beta, self.cosine, self.sine = gamma, beta, cosine, sine
         self.lengths, self.chunk_size, self.causal = lengths, chunk_size, causal
-        self.has_sums, self.has_h = segment > 0, keep
+        self.has_sums, self.kept = segment > 0, keep
         self.weights = chunk_weights(x, lengths, chunk_size, causal, normalizer)
         self.running = x.new_empty(self.samples, gamma.shape[1], w_out.shape[1], dtype=torch.float32)
         self._memory = {}
@@ -125,7 +134,7 @@ def _cpp(x, w_in, w_out, gamma, beta, cosine, sine, lengths, *given):
             if pieces.has_sums:
                 sums[i, samples] = running
             h = pieces.product("h", pieces.rows(x, samples, tokens), pieces.w_in.mT, samples, tokens)
-            if pieces.has_h:
+            if tokens.stop <= pieces.kept:
                 kept[samples, tokens] = h
             u, v, z = reference.split(F.silu(h, inplace=True), w_out)
             inputs = [*pieces.heads(z, tokens), v, u]
@@ -148,7 +157,7 @@ def _cpp_backward(grad, x, w_in, w_out, gamma, beta, cosine, sine, sums, kept, l
         running = pieces.running[: samples.stop - samples.start].zero_()
         for i, tokens in reversed(segments):
             rows, grad_rows = pieces.rows(x, samples, tokens), pieces.rows(grad, samples, tokens)
-            if pieces.has_h:
+            if tokens.stop <= pieces.kept:
                 h = kept[samples, tokens]
             else:
                 h = pieces.product("h", rows, pieces.w_in.mT, samples, tokens)
@@ -197,7 +206,7 @@ _cuda_backward = functools.partial(
 )
 
 _layer = define(
-    f"mixed_chunk_layer({_TENSORS}, Tensor? lengths, {OPTIONS}, int segment, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"mixed_chunk_layer({_TENSORS}, Tensor? lengths, {OPTIONS}, int segment, SymInt keep) -> (Tensor, Tensor, Tensor)",
     reference.mixed_chunk_layer,
     fake=_fake,
     gradient=Gradient(_save, _backward),
@@ -205,7 +214,7 @@ _layer = define(
 )
 _layer_backward = define(
     f"mixed_chunk_layer_backward(Tensor grad, {_TENSORS}, Tensor sums, Tensor h, Tensor? lengths, {OPTIONS}, "
-    "int segment, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int segment, SymInt keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.mixed_chunk_layer_backward,
     fake=_fake_backward,
     kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), Kernel("CUDA", "triton", _cuda_backward, TRITON)),
@@ -229,9 +238,9 @@ def mixed_chunk_layer(
         (u, v, z) = swish(x w_in^T),  q_quad, k_quad, q_lin, k_lin = rotary(gamma_i z + beta_i)
         y = (u * (quadratic + linear)) w_out^T    with both parts as in :func:`supy.ops.mixed_chunk_attention`
 
-    Where x w_in^T is large, nothing of its size is kept for the gradient, which computes it again. On the CPU the
-    causal form takes some hundred tokens at a time, forward and backward, so that its memory is that of x, y, their
-    gradients and little more.
+    Of x w_in^T no more than 64 MB are kept for the gradient, which computes the rest again. On the CPU the causal form
+    takes some hundred tokens at a time, forward and backward, so that its memory is that of x, y, their gradients and
+    little more.
 
     Args:
         x: `[B, T, D]`, any floating-point dtype.
@@ -260,6 +269,6 @@ def mixed_chunk_layer(
     # CUDA computes everything again, of all tokens at once.
     saves = x.device.type == "cpu" and wants_gradient(*tensors)
     segment = segment_of(chunk_size) if saves and causal else 0
-    keep = saves and shapes["B"] * shapes["T"] * w_in.shape[0] * x.element_size() <= _KEPT
+    keep = _kept_tokens(x, w_in, segment) if saves else 0
     table = arange_table(x, shapes["T"], shapes["S"] // 2)
     return _layer(*tensors, *table, lengths, chunk_size, causal, normalizer, segment, keep)[0]

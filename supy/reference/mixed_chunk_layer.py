@@ -18,7 +18,7 @@ def mixed_chunk_layer(
     x `[B, T, D]`, w_in `[2 E + S, D]`, w_out `[D, E]`, gamma, beta `[4, S]`, cosine, sine `[T, S/2]`; queries and keys
     are rotated (gamma_i z + beta_i). ``options`` are those of ``attention``, then ``segment`` and ``keep``. Also
     returns, where segment is not 0, the sums of k_lin^T v over the tokens before each ``segment`` tokens, in float32 or
-    float64 `[segments, B, S, E]`, and with ``keep`` x w_in^T.
+    float64 `[segments, B, S, E]`, and x w_in^T of the first ``keep`` tokens.
     """
     *options, segment, keep = options
     padded = padding(lengths, x.shape[1])
@@ -27,18 +27,18 @@ def mixed_chunk_layer(
     heads = rotated(z, gamma, beta, cosine, sine)
     out = attention(*heads, v, u, lengths, *options)
     sums = _sums(clear(heads[3], padded), clear(v, padded), segment)
-    return out @ w_out.mT, sums, h if keep else h.new_empty(0)
+    return out @ w_out.mT, sums, h[:, :keep].clone() if keep else h.new_empty(0)
 
 
 def mixed_chunk_layer_backward(
     grad, x, w_in, w_out, gamma, beta, cosine, sine, sums, h, lengths, *options,
     attention=reference.mixed_chunk_attention, attention_backward=reference.mixed_chunk_attention_backward,
 ):  # fmt: skip
-    """Gradients for x, w_in, w_out, gamma and beta; everything but h, if kept, is computed again."""
+    """Gradients for x, w_in, w_out, gamma and beta; h is computed again where not all of it was kept."""
     *options, _, keep = options
     padded = padding(lengths, x.shape[1])
     x, grad = clear(x, padded), clear(grad, padded)
-    h = h if keep else x @ w_in.mT
+    h = h if 0 < keep == x.shape[1] else x @ w_in.mT
     u, v, z = split(F.silu(h), w_out)
     heads = rotated(z, gamma, beta, cosine, sine)
     out = attention(*heads, v, u, lengths, *options)
