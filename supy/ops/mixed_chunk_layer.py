@@ -18,8 +18,8 @@ from supy.reference._masks import check_lengths as check_values
 from supy.reference._masks import wide
 
 _TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor gamma, Tensor beta, Tensor cosine, Tensor sine"
-_SEGMENT = 512  # tokens whose u, v and z are in memory at once on the CPU
-_KEPT = 1 << 26  # bytes of x w_in^T that are kept for the gradient there, of each sample's first tokens
+_SEGMENT = 1024  # tokens whose u, v and z are in memory at once on the CPU
+_KEPT = 1 << 25  # bytes of x w_in^T that are kept for the gradient there, of each sample's first tokens
 
 
 def _save(ctx, inputs, output):
@@ -238,7 +238,7 @@ def mixed_chunk_layer(
         (u, v, z) = swish(x w_in^T),  q_quad, k_quad, q_lin, k_lin = rotary(gamma_i z + beta_i)
         y = (u * (quadratic + linear)) w_out^T    with both parts as in :func:`supy.ops.mixed_chunk_attention`
 
-    Of x w_in^T no more than 64 MB are kept for the gradient, which computes the rest again. On the CPU the causal form
+    Of x w_in^T no more than 32 MB are kept for the gradient, which computes the rest again. On the CPU the causal form
     takes some hundred tokens at a time, forward and backward, so that its memory is that of x, y, their gradients and
     little more.
 
