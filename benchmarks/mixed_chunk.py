@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from gated_attention import backward, forward
 
 import supy
 from supy.reference.mixed_chunk_layer import mixed_chunk_layer as formula
@@ -33,25 +34,6 @@ def inputs(T):
     angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, KEYS, 2).double() / KEYS))
     affine = 1 + 0.1 * random(4, KEYS), 0.1 * random(4, KEYS)
     return random(1, T, DIM), w_in, w_out, *affine, angle.cos().float(), angle.sin().float(), random(1, T, DIM)
-
-
-def forward(layer):
-    def run(*tensors):
-        with torch.no_grad():
-            return layer(*tensors[:-1])
-
-    return run
-
-
-def backward(layer):
-    """Forward and backward; returns the gradient for x, and computes those for all parameters."""
-
-    def run(*tensors):
-        leaves = [x.detach().requires_grad_() for x in tensors[:5]]
-        out = layer(*leaves, *tensors[5:-1])
-        return torch.autograd.grad(out, leaves, tensors[-1])[0]
-
-    return run
 
 
 def ours(x, w_in, w_out, gamma, beta, *_):

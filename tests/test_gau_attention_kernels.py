@@ -91,6 +91,23 @@ def test_no_gate_and_no_gradient(form):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_cuda_runs_around_its_kernels(kernel):
+    """There the unit is torch's products around the operator of the attention; here with the CPU's kernel for that."""
+    module = sys.modules["supy.ops.gated_attention_unit"]
+    tensors, options = _make("unit", "a block", torch.float32)
+    tensors = [x.detach() for x in tensors]
+    tables = module.arange_table(tensors[0], 96, 64)
+    given = options["lengths"], None, kernel, False, 0.1, None
+    grad = torch.randn_like(tensors[0])
+    results = []
+    for forward, backward in ((module._cuda, module._cuda_backward), (module._unit, module._unit_backward)):
+        y, *kept = forward(*tensors, *tables, *given, True)
+        results.append([y, *backward(grad, *tensors, *tables, *kept, *given)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * b.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FUNCTIONS)
 def test_same_bits_for_any_number_of_threads(form, dtype):
