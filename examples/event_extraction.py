@@ -92,13 +92,14 @@ def compare_decoders(documents: list[Document], schema: EventSchema) -> None:
     known = set(schema.types)
     documents = [Document(d.text, [e for e in d.events if e.type in known]) for d in documents]
     spans, heads, tails, _ = encode(documents, schema, typed=True)
-    seconds = {}
-    start = time.perf_counter()
-    ours = decode_batch(spans, heads, tails, schema, len(documents), typed=True)
-    seconds["supy"] = time.perf_counter() - start
-    start = time.perf_counter()
-    theirs = plain_python(spans.tolist(), heads.tolist(), tails.tolist(), schema, len(documents))
-    seconds["plain Python"] = time.perf_counter() - start
+    seconds = {"supy": float("inf"), "plain Python": float("inf")}
+    for _ in range(3):  # the first time is that of loading
+        start = time.perf_counter()
+        ours = decode_batch(spans, heads, tails, schema, len(documents), typed=True)
+        seconds["supy"] = min(seconds["supy"], time.perf_counter() - start)
+        start = time.perf_counter()
+        theirs = plain_python(spans.tolist(), heads.tolist(), tails.tolist(), schema, len(documents))
+        seconds["plain Python"] = min(seconds["plain Python"], time.perf_counter() - start)
     assert [len(found) for found in ours] == theirs, "the two decoders disagree"
     print(f"decoding the annotations of {len(documents)} sentences to {sum(theirs)} events:")
     for name, value in seconds.items():
