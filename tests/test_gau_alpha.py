@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from _rotate import rotate
 from supy.models import GAUAlpha, GAUAlphaConfig
 from supy.models._tensorflow import read_checkpoint
 
@@ -50,17 +51,6 @@ def rms(x):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-7)
 
 
-def rotate(x):
-    out = np.empty_like(x)
-    for t in range(len(x)):
-        for i in range(0, KEY, 2):
-            angle = t * 10000.0 ** (-i / KEY)
-            sine, cosine = math.sin(angle), math.cos(angle)
-            out[t, i] = x[t, i] * cosine - x[t, i + 1] * sine
-            out[t, i + 1] = x[t, i + 1] * cosine + x[t, i] * sine
-    return out
-
-
 def numpy_model(arrays, ids, segments, length):
     """Hidden states and logits of one sample's valid tokens, in float64."""
     p = {name: array.astype(np.float64) for name, array in arrays.items()}
@@ -87,6 +77,7 @@ def assert_is_the_model(model, arrays):
     for b, length in enumerate(LENGTHS.tolist()):
         expected = numpy_model(arrays, IDS[b].numpy(), SEGMENTS[b].numpy(), length)
         for ours, theirs in zip((hidden, logits), expected, strict=True):
+            # float64 on both sides; what is left is the order of sums, 1e-16 times the depth of the network.
             np.testing.assert_allclose(ours[b, :length].detach().numpy(), theirs, rtol=1e-9, atol=1e-9)
 
 
