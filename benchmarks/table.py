@@ -429,6 +429,7 @@ ROWS = [
         for training in (False, True)
     ),
     _gated_attention_row(1024, "relu2"),
+    _gated_attention_row(2048, causal=True, training=False),
     _gated_attention_row(2048, causal=True),
     _gated_attention_row(2048, causal=True, dtype=torch.bfloat16),
     _mixed_chunk_row(4096, training=False),

@@ -74,27 +74,27 @@ void attention_backward(const TensorView& grad, const TensorView& q, const Tenso
 
 // The tensors that the unit and its gradient read.
 GatedAttentionUnitParams read_unit(const TensorView& x, const TensorView& w_in, const TensorView& w_out,
-                                   const TensorView& scale, const TensorView& offset, const TensorView& cosine,
+                                   const TensorView& gamma, const TensorView& beta, const TensorView& cosine,
                                    const TensorView& sine, const VisibleRows& rows, const std::string& kernel,
                                    const char* op) {
-  SUPY_CHECK(x.dim() == 3 && w_out.dim() == 2 && scale.dim() == 2, op,
-             "x has shape " << x.shape() << ", w_out " << w_out.shape() << ", scale " << scale.shape());
-  const int64_t T = x.size(1), d = x.size(2), E = w_out.size(1), S = scale.size(1);
+  SUPY_CHECK(x.dim() == 3 && w_out.dim() == 2 && gamma.dim() == 2, op,
+             "x has shape " << x.shape() << ", w_out " << w_out.shape() << ", gamma " << gamma.shape());
+  const int64_t T = x.size(1), d = x.size(2), E = w_out.size(1), S = gamma.size(1);
   GatedAttentionUnitParams p{};
   p.attention = shape_of(x, S, E, rows, kernel, op);
   p.dim = d;
   p.x = token_matrix(x, op, "x", x, {x.size(0), T, d});
   p.w_in = dense<void>(w_in, op, "w_in", x.dtype(), {2 * E + S, d});
   p.w_out = dense<void>(w_out, op, "w_out", x.dtype(), {d, E});
-  p.scale = dense<float>(scale, op, "scale", DType::f32, {2, S});
-  p.offset = dense<float>(offset, op, "offset", DType::f32, {2, S});
+  p.gamma = dense<float>(gamma, op, "gamma", DType::f32, {2, S});
+  p.beta = dense<float>(beta, op, "beta", DType::f32, {2, S});
   p.cosine = dense<float>(cosine, op, "cosine", DType::f32, {T, S / 2});
   p.sine = dense<float>(sine, op, "sine", DType::f32, {T, S / 2});
   return p;
 }
 
-void unit(const TensorView& x, const TensorView& w_in, const TensorView& w_out, const TensorView& scale,
-          const TensorView& offset, const TensorView& cosine, const TensorView& sine, const Maybe& lengths,
+void unit(const TensorView& x, const TensorView& w_in, const TensorView& w_out, const TensorView& gamma,
+          const TensorView& beta, const TensorView& cosine, const TensorView& sine, const Maybe& lengths,
           const Maybe& cu_seqlens, const std::string& kernel, bool causal, double score_scale,
           std::optional<double> relu2_length, const TensorView& y, const TensorView& h, const TensorView& attended,
           const TensorView& stats) {
@@ -102,7 +102,7 @@ void unit(const TensorView& x, const TensorView& w_in, const TensorView& w_out, 
   SUPY_CHECK(x.dim() == 3, op, "x has shape " << x.shape());
   const int64_t B = x.size(0), T = x.size(1);
   const auto rows = visible_rows(op, B, T, lengths, cu_seqlens, kernel, causal, score_scale, relu2_length);
-  GatedAttentionUnitParams p = read_unit(x, w_in, w_out, scale, offset, cosine, sine, rows, kernel, op);
+  GatedAttentionUnitParams p = read_unit(x, w_in, w_out, gamma, beta, cosine, sine, rows, kernel, op);
   const int64_t E = p.attention.value_size;
   p.y = token_matrix(y, op, "y", x, {B, T, p.dim});
   if (h.numel() > 0) p.h = token_matrix(h, op, "h", x, {B, T, 2 * E + p.attention.key_size});
@@ -113,16 +113,16 @@ void unit(const TensorView& x, const TensorView& w_in, const TensorView& w_out, 
 }
 
 void unit_backward(const TensorView& grad, const TensorView& x, const TensorView& w_in, const TensorView& w_out,
-                   const TensorView& scale, const TensorView& offset, const TensorView& cosine, const TensorView& sine,
+                   const TensorView& gamma, const TensorView& beta, const TensorView& cosine, const TensorView& sine,
                    const TensorView& h, const TensorView& attended, const TensorView& stats, const Maybe& lengths,
                    const Maybe& cu_seqlens, const std::string& kernel, bool causal, double score_scale,
                    std::optional<double> relu2_length, const TensorView& dx, const TensorView& dw_in,
-                   const TensorView& dw_out, const TensorView& dscale, const TensorView& doffset) {
+                   const TensorView& dw_out, const TensorView& dgamma, const TensorView& dbeta) {
   const char* op = "gated_attention_unit_backward";
   SUPY_CHECK(x.dim() == 3, op, "x has shape " << x.shape());
   const int64_t B = x.size(0), T = x.size(1), d = x.size(2);
   const auto rows = visible_rows(op, B, T, lengths, cu_seqlens, kernel, causal, score_scale, relu2_length);
-  GatedAttentionUnitParams p = read_unit(x, w_in, w_out, scale, offset, cosine, sine, rows, kernel, op);
+  GatedAttentionUnitParams p = read_unit(x, w_in, w_out, gamma, beta, cosine, sine, rows, kernel, op);
   const int64_t E = p.attention.value_size, S = p.attention.key_size;
   p.h = token_matrix(h, op, "h", x, {B, T, 2 * E + S});
   p.attention.attended = token_matrix(attended, op, "attended", x, {B, T, E});
@@ -133,8 +133,8 @@ void unit_backward(const TensorView& grad, const TensorView& x, const TensorView
   g.dx = token_matrix(dx, op, "dx", x, {B, T, d});
   g.dw_in = dense<void>(dw_in, op, "dw_in", x.dtype(), {2 * E + S, d});
   g.dw_out = dense<void>(dw_out, op, "dw_out", x.dtype(), {d, E});
-  g.dscale = dense<float>(dscale, op, "dscale", DType::f32, {2, S});
-  g.doffset = dense<float>(doffset, op, "doffset", DType::f32, {2, S});
+  g.dgamma = dense<float>(dgamma, op, "dgamma", DType::f32, {2, S});
+  g.dbeta = dense<float>(dbeta, op, "dbeta", DType::f32, {2, S});
   py::gil_scoped_release without_lock;
   gated_attention_unit_backward_cpu(p, g);
 }

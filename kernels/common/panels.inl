@@ -33,6 +33,8 @@ struct Float32 {
   static vec across(const Source& in, int64_t w, int64_t i) { return in(w, i); }
   static vec add(vec sum, vec a, vec b) { return sum + a * b; }
   static vec rounded(vec x) { return x; }  // to what a panel holds
+  template <class T>
+  static void store(T* p, vec x) { storev(p, x); }
 };
 
 #if SUPY_LANES == 16
@@ -52,6 +54,11 @@ struct Bfloat16 {
     shorts order;
     for (int l = 0; l < 32; ++l) order[l] = l % 2 ? 16 + l / 2 : 0;
     return (vec)__builtin_shuffle(both, order);
+  }
+  static void store(bf16* p, vec x) {  // a denormal number becomes 0, as in the products
+    halves upper;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(upper) : "v"(x));
+    __builtin_memcpy(p, &upper, sizeof upper);
   }
 
   template <class Source>

@@ -15,14 +15,14 @@ static inline vec rotate_pairs(vec x, const float* cosine, const float* sine, in
 template <class Engine, class T>
 struct Unit : Gau<Engine, T> {
   using Base = Gau<Engine, T>;
-  using Base::FORWARD, Base::ROWS, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::left_at,
-      Base::product, Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
-  static constexpr int64_t STRIP = 480;  // columns of h that are made at once
+  using Base::ROWS, Base::STRIP, Base::FEW, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::keep,
+      Base::left_at, Base::product, Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
+  static constexpr int64_t WIDE = 480;  // columns of h that are made at once
 
-  // Rows [first, first + STRIP) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
+  // Rows [first, first + WIDE) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
   static void pack_weight(const void* data, int64_t rows, int64_t columns, bool turned, int64_t first, float* panel) {
     const Rows<T> weight{static_cast<const T*>(data), columns, rows, columns};
-    const int64_t count = padded<Engine, R>(at_most(STRIP, (turned ? columns : rows) - first));
+    const int64_t count = padded<Engine, R>(at_most(WIDE, (turned ? columns : rows) - first));
     if (turned)
       pack_columns<Engine, R>(weight, first, count, depth(rows), depth(rows), panel);
     else
@@ -31,13 +31,13 @@ struct Unit : Gau<Engine, T> {
 
   // h for a block of rows, and q and k from its last columns.
   static void project(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, S = s.key_size, d = l.dim;
-    clear(l.h, row + rows, at_most(row + FORWARD, s.tokens), 2 * E + S);
+    const int64_t rows = rows_in(s, row, s.rows), E = s.value_size, S = s.key_size, d = l.dim;
+    clear(l.h, row + rows, at_most(row + s.rows, s.tokens), 2 * E + S);
     if (rows == 0) return;
     Engine::begin();
     pack_rows<Engine, L>(rows_from(l.x, row, s.length, d), 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
-    for (int64_t j = 0; j < 2 * E; j += STRIP) {
-      const int64_t now = at_most(STRIP, 2 * E - j);
+    for (int64_t j = 0; j < 2 * E; j += WIDE) {
+      const int64_t now = at_most(WIDE, 2 * E - j);
       product(rows, now, d, w.left, right_at(l.uv_right, depth(d), j, 0), w.sums,
               {row_of(l.h, 0) + j, 0, l.h.token_step}, row);
     }
@@ -55,21 +55,21 @@ struct Unit : Gau<Engine, T> {
       const vec z = swish(load_some(h + j, S - j));
       const TokenMatrix* to[] = {&s.q, &s.k};
       for (int i = 0; i < 2; ++i) {
-        const vec x = z * load_some(l.scale + i * S + j, S - j) + load_some(l.offset + i * S + j, S - j);
-        store_some(row_of(*to[i], t) + j, rotate_pairs(x, c + j / 2, sn + j / 2, (S - j) / 2, 1), S - j);
+        const vec x = z * load_some(l.gamma + i * S + j, S - j) + load_some(l.beta + i * S + j, S - j);
+        keep(row_of(*to[i], t) + j, rotate_pairs(x, c + j / 2, sn + j / 2, (S - j) / 2, 1), S - j);
       }
     }
   }
 
   static void attend_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, d = l.dim;
+    const int64_t rows = rows_in(s, row, s.rows), E = s.value_size, d = l.dim;
     Engine::begin();
     Base::sum_values(s, w, row);
     Base::gate(s, w, row);
     pack_rows<Engine, L>(Rows<float>{w.sums, columns(E), rows, E}, 0, padded<Engine, L>(rows), depth(E), depth(E), w.left);
     product(rows, d, E, w.left, l.out_right, w.sums, l.y, row);
     Engine::end();
-    clear(l.y, row + rows, at_most(row + FORWARD, s.tokens), d);
+    clear(l.y, row + rows, at_most(row + s.rows, s.tokens), d);
   }
 
   static void prepare_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
@@ -81,9 +81,11 @@ struct Unit : Gau<Engine, T> {
     pack_rows<Engine, L>(grad, 0, padded<Engine, L>(rows), depth(d), depth(d), w.left);
     multiply<Engine>(rows, E, words(d), w.left, depth(d), l.out_turned, depth(d), w.sums, columns(E), false);
     Engine::end();
-    Base::prepare_from(s, w, row, Rows<float>{w.sums, columns(E), rows, E});
     pack_columns<Engine, L>(grad, 0, padded<Engine, L>(d), depth(rows), turned, left_at(l.grad_turned, turned, 0, row));
-    pack_columns<Engine, R>(Rows<float>{w.dh, columns(E), rows, E}, 0, padded<Engine, R>(E), depth(rows), turned, right_at(l.gated_turned, turned, 0, row));
+    Base::prepare_from(s, w, row, Rows<float>{w.sums, columns(E), rows, E}, [&](const Rows<float>& gated, int64_t t, int64_t first) {
+      pack_columns<Engine, R>(gated, 0, padded<Engine, R>(gated.columns), depth(gated.rows), turned,
+                              right_at(l.gated_turned, turned, first, t));
+    });
   }
 
   // Rows of the gradient of w_out, and of w_in: sums over the sample's tokens, added to those before.
@@ -102,42 +104,56 @@ struct Unit : Gau<Engine, T> {
     Engine::end();
   }
 
-  // dh of a block of rows, dx = dh w_in, and the block's sums for scale and offset.
-  static void finish_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, E = s.value_size, d = l.dim, N = 2 * E + S;
-    const int64_t turned = depth(s.tokens), step = columns(N);
-    float* affine = l.sum_affine + row / ROWS * 4 * S;
-    fill(affine, 4 * S, 0);
+  // The numbers [first, first + count) of dh for `rows` rows into w.strip; affine gets their sums.
+  static void dh_strip(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row, int64_t rows, int64_t first,
+                       int64_t count, float* affine) {
+    const int64_t S = s.key_size, E = s.value_size;
+    const auto within = [&](int64_t j) { return j < first ? first : at_most(j, first + count); };
+    const int64_t values = within(E), keys = within(2 * E), end = first + count;
     for (int64_t r = 0; r < rows; ++r) {
-      float* dh = w.dh + r * step;
-      const T* h = row_of(l.h, row + r);
-      for (int64_t e = 0; e < E; e += LANES) {
-        const vec dv = loadv(s.sum_dv + (row + r) * columns(E) + e);
-        store_some(dh + e, load_some(row_of(s.du, row + r) + e, E - e), E - e);
-        store_some(dh + E + e, dv * swish_slope(load_some(h + E + e, E - e)), E - e);
-      }
-      for (int64_t j = 0; j < S; j += LANES) {
-        const vec before = load_some(h + 2 * E + j, S - j), z = swish(before);
-        const float *c = l.cosine + (row + r) * (S / 2) + j / 2, *sn = l.sine + (row + r) * (S / 2) + j / 2;
+      float* dh = w.strip + r * STRIP - first;
+      const T *h = row_of(l.h, row + r), *du = row_of(s.du, row + r);
+      const float* dv = s.sum_dv + (row + r) * columns(E) - E;
+      for (int64_t j = first; j < values; j += LANES) store_some(dh + j, load_some(du + j, values - j), values - j);
+      for (int64_t j = values; j < keys; j += LANES)
+        store_some(dh + j, load_some(dv + j, keys - j) * swish_slope(load_some(h + j, keys - j)), keys - j);
+      for (int64_t j = keys; j < end; j += LANES) {
+        const int64_t at = j - 2 * E, left = end - j;
+        const vec before = load_some(h + j, left), z = swish(before);
+        const float *c = l.cosine + (row + r) * (S / 2) + at / 2, *sn = l.sine + (row + r) * (S / 2) + at / 2;
         vec dz{};
         for (int i = 0; i < 2; ++i) {
-          const float* sums = (i == 0 ? s.sum_dq : s.sum_dk) + (row + r) * columns(S) + j;
-          const vec turned_back = rotate_pairs(load_some(sums, S - j), c, sn, (S - j) / 2, -1);
-          dz += turned_back * load_some(l.scale + i * S + j, S - j);
-          float *scale = affine + i * S + j, *offset = affine + (2 + i) * S + j;
-          store_some(scale, load_some(scale, S - j) + turned_back * z, S - j);
-          store_some(offset, load_some(offset, S - j) + turned_back, S - j);
+          const float* sums = (i == 0 ? s.sum_dq : s.sum_dk) + (row + r) * columns(S) + at;
+          const vec turned_back = rotate_pairs(load_some(sums, left), c, sn, left / 2, -1);
+          dz += turned_back * load_some(l.gamma + i * S + at, left);
+          float *gamma = affine + i * S + at, *beta = affine + (2 + i) * S + at;
+          store_some(gamma, load_some(gamma, left) + turned_back * z, left);
+          store_some(beta, load_some(beta, left) + turned_back, left);
         }
-        store_some(dh + 2 * E + j, dz * swish_slope(before), S - j);
+        store_some(dh + j, dz * swish_slope(before), left);
       }
     }
+  }
+
+  // dh of a block of rows, dx = dh w_in, and the block's sums for gamma and beta.
+  static void finish_unit(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {
+    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, d = l.dim, N = 2 * s.value_size + S;
+    const int64_t turned = depth(s.tokens);
+    float* affine = l.sum_affine + row / ROWS * 4 * S;
+    fill(affine, 4 * S, 0);
+    for (int64_t r = 0; r < rows; r += FEW)
+      for (int64_t first = 0; first < N; first += STRIP) {
+        const int64_t few = at_most(FEW, rows - r), count = at_most(STRIP, N - first);
+        dh_strip(s, l, w, row + r, few, first, count, affine);
+        const Rows<float> dh{w.strip, STRIP, few, count};
+        pack_rows<Engine, L>(dh, 0, padded<Engine, L>(few), depth(count), depth(N), left_at(w.left, depth(N), r, first));
+        pack_columns<Engine, L>(dh, 0, padded<Engine, L>(count), depth(few), turned,
+                                left_at(l.dh_turned, turned, first, row + r));
+      }
     if (rows > 0) {
-      const Rows<float> dh{w.dh, step, rows, N};
       Engine::begin();
-      pack_rows<Engine, L>(dh, 0, padded<Engine, L>(rows), depth(N), depth(N), w.left);
       product(rows, d, N, w.left, l.in_turned, w.sums, l.dx, row);
       Engine::end();
-      pack_columns<Engine, L>(dh, 0, padded<Engine, L>(N), depth(rows), turned, left_at(l.dh_turned, turned, 0, row));
       pack_columns<Engine, R>(rows_from(l.x, row, s.length, d), 0, padded<Engine, R>(d), depth(rows), turned,
                               right_at(l.x_turned, turned, 0, row));
     }
@@ -150,7 +166,9 @@ struct Unit : Gau<Engine, T> {
 
   static GauKernels kernels() {
     GauKernels k{};
-    k.forward_block = FORWARD, k.row_block = ROWS, k.backward_block = Base::BACKWARD, k.keys = Base::KEYS, k.strip = STRIP;
+    k.forward_block = Base::FORWARD, k.row_block = ROWS, k.backward_block = Base::BACKWARD;
+    k.keys = Base::KEYS, k.packed = Base::PART, k.strip = 2 * FEW * STRIP, k.wide = WIDE;
+    k.forward_rows = Base::forward_rows;
     k.left_floats = Base::left_floats, k.right_floats = Base::right_floats, k.columns = columns;
     k.pack_keys = Base::pack_keys, k.attend = Base::attend;
     k.prepare = Base::prepare, k.tile_gradient = Base::tile_gradient, k.finish = Base::finish;

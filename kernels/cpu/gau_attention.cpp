@@ -1,6 +1,8 @@
 #include "gau_attention.h"
 
+#include <atomic>
 #include <cstring>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -31,13 +33,14 @@ TokenMatrix sample_of(TokenMatrix m, int64_t b, FloatType type) {
 
 class Samples {
  public:
-  Samples(const GauAttentionParams& p, bool swish) : p_(p), swish_(swish) {}
+  Samples(const GauAttentionParams& p, const GauKernels& kernels, bool swish)
+      : p_(p), swish_(swish), rows_(kernels.forward_rows(p.tokens)) {}
 
   GauSample operator()(int64_t b) const {
     const int64_t T = p_.tokens;
     GauSample s{};
     s.tokens = T, s.length = p_.visible.lengths[b];
-    s.key_size = p_.key_size, s.value_size = p_.value_size;
+    s.rows = rows_, s.key_size = p_.key_size, s.value_size = p_.value_size;
     s.softmax = p_.softmax, s.swish = swish_;
     s.first = p_.visible.first + b * T, s.last = p_.visible.last + b * T;
     s.factor = p_.visible.factor + b * T, s.share = p_.visible.share + b * T;
@@ -51,6 +54,7 @@ class Samples {
  private:
   const GauAttentionParams& p_;
   bool swish_;
+  int64_t rows_;
 };
 
 // The memory of one thread; `dim` is 0 without projections.
@@ -63,8 +67,8 @@ GauWork work(Pieces& pieces, const GauKernels& kernels, const GauAttentionParams
   w.weights = pieces.take(kernels.left_floats(keys, keys));
   w.scores = pieces.take(block * keys);
   w.more = pieces.take(block * keys);
-  w.sums = pieces.take(rows * kernels.columns(std::max({S, E, dim, dim > 0 ? kernels.strip : 0})));
-  w.dh = pieces.take(dim > 0 ? rows * kernels.columns(deepest) : 0);
+  w.sums = pieces.take(rows * kernels.columns(std::max({S, E, dim, dim > 0 ? kernels.wide : 0})));
+  w.strip = pieces.take(kernels.strip);
   w.peak = pieces.take(rows);
   w.total = pieces.take(rows);
   return w;
@@ -142,38 +146,46 @@ void take_backward(Pieces& pieces, const GauKernels& kernels, GauSample& s) {
   s.sum_dk = pieces.take(rows * kernels.columns(S));
 }
 
-// dq, dk and dv of a group, by tiles: in each round a tile's rows and its keys belong to one thread, and rounds follow a
-// fixed order, so the number of threads shows in no bit.
+// dq, dk and dv of a group, by tiles, in rounds in which each of a sample's rows and keys belong to one tile. A tile waits
+// for those of the round before it with its rows or its keys, so the number of threads shows in no bit; tiles are handed
+// out in order, so what a tile waits for is being worked on.
 void sum_tiles(const GauKernels& kernels, const std::vector<GauSample>& group, std::vector<GauWork>& works, int64_t tokens,
                int threads) {
   const int64_t block = kernels.backward_block, blocks = blocks_of(tokens, block);
-  for_rows(group.size(), tokens, block, threads, [&](int, int64_t i, int64_t row) {
+  const int64_t samples = static_cast<int64_t>(group.size()), round_size = samples * blocks;
+  for_rows(samples, tokens, block, threads, [&](int, int64_t i, int64_t row) {
     const GauSample& s = group[i];
     const int64_t S = kernels.columns(s.key_size), E = kernels.columns(s.value_size);
     std::memset(s.sum_dq + row * S, 0, 4 * block * S);
     std::memset(s.sum_dk + row * S, 0, 4 * block * S);
     std::memset(s.sum_dv + row * E, 0, 4 * block * E);
   });
-  for (int64_t round = 0; round < blocks; ++round)
-    for_rows(group.size(), tokens, block, threads, [&](int thread, int64_t i, int64_t row) {
-      kernels.tile_gradient(group[i], works[thread], row, (row / block + round) % blocks * block);
-    });
+  std::vector<std::atomic<int64_t>> rows_done(round_size), keys_done(round_size);  // rounds
+  parallel_for(round_size * blocks, threads, [&](int thread, int64_t task) {
+    const int64_t round = task / round_size, i = task % round_size / blocks, row = task % blocks, key = (row + round) % blocks;
+    std::atomic<int64_t>&of_rows = rows_done[i * blocks + row], &of_keys = keys_done[i * blocks + key];
+    while (of_rows.load(std::memory_order_acquire) < round || of_keys.load(std::memory_order_acquire) < round)
+      std::this_thread::yield();
+    kernels.tile_gradient(group[i], works[thread], row * block, key * block);
+    of_rows.store(round + 1, std::memory_order_release);
+    of_keys.store(round + 1, std::memory_order_release);
+  });
 }
 
 }  // namespace
 
 void gau_attention_cpu(const GauAttentionParams& p) {
   const GauKernels kernels = select(p.type, matrix_unit());
-  const Samples sample(p, false);
+  const Samples sample(p, kernels, false);
   Memory<GauSample> memory(kernels, p, 0, kernels.forward_block);
   const auto make = [&](Pieces& pieces, int64_t b, GauSample& s) {
     s = sample(b);
     take_forward(pieces, kernels, s);
   };
   memory.for_groups(p.batch, make, [&](const std::vector<GauSample>& group) {
-    for_rows(group.size(), p.tokens, kernels.keys, memory.threads,
-             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i], key / kernels.keys); });
-    for_rows(group.size(), p.tokens, kernels.forward_block, memory.threads,
+    for_rows(group.size(), p.tokens, kernels.packed, memory.threads,
+             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i], key); });
+    for_rows(group.size(), p.tokens, group[0].rows, memory.threads,
              [&](int thread, int64_t i, int64_t row) { kernels.attend(group[i], memory.works[thread], row); });
   });
 }
@@ -181,7 +193,7 @@ void gau_attention_cpu(const GauAttentionParams& p) {
 void gau_attention_backward_cpu(const GauAttentionParams& p, const GauAttentionGradient& g) {
   const GauKernels kernels = select(p.type, matrix_unit());
   const int64_t block = kernels.backward_block, rows = kernels.row_block, T = p.tokens;
-  const Samples sample(p, false);
+  const Samples sample(p, kernels, false);
   Memory<GauSample> memory(kernels, p, 0, block);
   const auto make = [&](Pieces& pieces, int64_t b, GauSample& s) {
     s = sample(b);
@@ -209,8 +221,8 @@ int64_t floats_for(int64_t numbers, FloatType type) { return type == FloatType::
 // A weight [rows, columns] as the right side of a product, by all threads.
 void pack_weight(const GauKernels& kernels, const void* data, int64_t rows, int64_t columns, bool turned, float* panel,
                  int threads) {
-  parallel_for(blocks_of(turned ? columns : rows, kernels.strip), threads,
-               [&](int, int64_t i) { kernels.pack_weight(data, rows, columns, turned, i * kernels.strip, panel); });
+  parallel_for(blocks_of(turned ? columns : rows, kernels.wide), threads,
+               [&](int, int64_t i) { kernels.pack_weight(data, rows, columns, turned, i * kernels.wide, panel); });
 }
 
 // A sample and its projections.
@@ -226,7 +238,7 @@ void take_unit(Pieces& pieces, const GatedAttentionUnitParams& p, int64_t b, Gau
   l.dim = p.dim;
   l.x = sample_of(p.x, b, type), l.y = sample_of(p.y, b, type), l.h = sample_of(p.h, b, type);
   if (p.h.data == nullptr) l.h = {pieces.take(floats_for(s.tokens * N, type)), 0, N};
-  l.scale = p.scale, l.offset = p.offset, l.cosine = p.cosine, l.sine = p.sine;
+  l.gamma = p.gamma, l.beta = p.beta, l.cosine = p.cosine, l.sine = p.sine;
   s.u = l.h, s.v = l.h;
   if (l.h.data != nullptr) s.v.data = static_cast<char*>(l.h.data) + E * bytes;
   s.q = {pieces.take(floats_for(s.tokens * S, type)), 0, S};
@@ -239,7 +251,7 @@ void gated_attention_unit_cpu(const GatedAttentionUnitParams& p) {
   const GauAttentionParams& a = p.attention;
   const GauKernels kernels = select(a.type, matrix_unit());
   const int64_t E = a.value_size, S = a.key_size;
-  const Samples sample(a, true);
+  const Samples sample(a, kernels, true);
   Memory<UnitSample> memory(kernels, a, p.dim, kernels.forward_block);
   const int threads = memory.threads;
   const char* z = static_cast<const char*>(p.w_in) + 2 * E * p.dim * (a.type == FloatType::f32 ? 4 : 2);
@@ -256,12 +268,13 @@ void gated_attention_unit_cpu(const GatedAttentionUnitParams& p) {
     l.uv_right = uv_right.get(), l.z_right = z_right.get(), l.out_right = out_right.get();
   };
   memory.for_groups(a.batch, make, [&](const std::vector<UnitSample>& group) {
-    for_rows(group.size(), a.tokens, kernels.forward_block, threads, [&](int thread, int64_t i, int64_t row) {
+    const int64_t rows = group[0].s.rows;
+    for_rows(group.size(), a.tokens, rows, threads, [&](int thread, int64_t i, int64_t row) {
       kernels.project(group[i].s, group[i].l, memory.works[thread], row);
     });
-    for_rows(group.size(), a.tokens, kernels.keys, threads,
-             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i].s, key / kernels.keys); });
-    for_rows(group.size(), a.tokens, kernels.forward_block, threads, [&](int thread, int64_t i, int64_t row) {
+    for_rows(group.size(), a.tokens, kernels.packed, threads,
+             [&](int, int64_t i, int64_t key) { kernels.pack_keys(group[i].s, key); });
+    for_rows(group.size(), a.tokens, rows, threads, [&](int thread, int64_t i, int64_t row) {
       kernels.attend_unit(group[i].s, group[i].l, memory.works[thread], row);
     });
   });
@@ -273,7 +286,7 @@ void gated_attention_unit_backward_cpu(const GatedAttentionUnitParams& p, const 
   const int64_t T = a.tokens, E = a.value_size, S = a.key_size, N = 2 * E + S, d = p.dim;
   const int64_t block = kernels.backward_block, rows = kernels.row_block;
   const int64_t weight_rows = 96;  // of the gradient of a weight, in one task
-  const Samples sample(a, true);
+  const Samples sample(a, kernels, true);
   Memory<UnitSample> memory(kernels, a, d, block);
   const int threads = memory.threads;
   const int64_t in_floats = (N + weight_rows) * kernels.columns(d), out_floats = (d + weight_rows) * kernels.columns(E);
@@ -324,8 +337,8 @@ void gated_attention_unit_backward_cpu(const GatedAttentionUnitParams& p, const 
   kernels.round(sum_w_in.get(), kernels.columns(d), N, d, g.dw_in);
   kernels.round(sum_w_out.get(), kernels.columns(E), d, E, g.dw_out);
   for (int64_t i = 0; i < 2 * S; ++i) {
-    g.dscale[i] = static_cast<float>(affine[i]);
-    g.doffset[i] = static_cast<float>(affine[2 * S + i]);
+    g.dgamma[i] = static_cast<float>(affine[i]);
+    g.dbeta[i] = static_cast<float>(affine[2 * S + i]);
   }
 }
 

@@ -28,10 +28,12 @@ struct Activated {
 
 template <class Engine, class T>
 struct Gau {
-  // Rows of sums that stay in the second-level cache, forward and while operands are prepared; rows and keys of a tile of
-  // gradients; keys of a tile of scores.
+  // Rows of sums that stay in the second-level cache, at most, forward and while operands are prepared; rows and keys of a
+  // tile of gradients; keys of a tile of scores; rows and keys of a part of a tile, and of a task that packs keys; rows and
+  // columns that are changed and packed while they stay in the caches. Where panels begin, slivers and vectors of words do.
   static constexpr int64_t FORWARD = Engine::TILES ? 192 : 96, ROWS = Engine::TILES ? 128 : 96;
-  static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 288, KEYS = 384;
+  static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 288, KEYS = 384, PART = 96;
+  static constexpr int64_t FEW = 32, STRIP = 384;
   static constexpr Side L = Side::left, R = Side::right;
 
   static int64_t left_floats(int64_t rows, int64_t k) { return panel_floats<Engine, L>(rows, k); }
@@ -46,10 +48,23 @@ struct Gau {
     return at<Engine, L>(panel, panel_depth, row, k / Engine::WORD);
   }
 
+  // Rows of a task, forward: an even number of tasks, so that the last does not leave half of the threads idle.
+  static int64_t forward_rows(int64_t tokens) {
+    if (Engine::TILES || tokens <= FORWARD) return FORWARD;
+    const int64_t tasks = round_up((tokens + FORWARD - 1) / FORWARD, 2);
+    return round_up((tokens + tasks - 1) / tasks, Engine::LEFT);
+  }
+
+  static void keep(T* p, vec x, int64_t count) { count >= LANES ? Engine::store(p, x) : store_some(p, x, count); }
+
   static T* row_of(const TokenMatrix& m, int64_t t) { return static_cast<T*>(m.data) + t * m.token_step; }
   // The rows from `first` on; what stands at and beyond the sample's length is not read.
   static Rows<T> rows_from(const TokenMatrix& m, int64_t first, int64_t length, int64_t columns) {
     return {row_of(m, first), m.token_step, length - first, columns};
+  }
+  static TokenMatrix shifted(TokenMatrix m, int64_t column) {
+    m.data = static_cast<T*>(m.data) + column;
+    return m;
   }
   static void clear(const TokenMatrix& m, int64_t first, int64_t last, int64_t n) {
     for (int64_t t = first; t < last && m.data != nullptr; ++t)
@@ -66,13 +81,13 @@ struct Gau {
     return s.v_turned + block * right_floats(s.value_size, at_most(KEYS, s.tokens));
   }
 
-  static void pack_keys(const GauSample& s, int64_t block) {
-    const int64_t first = block * KEYS, count = rows_in(s, first, KEYS), S = s.key_size, E = s.value_size;
+  static void pack_keys(const GauSample& s, int64_t first) {
+    const int64_t count = rows_in(s, first, PART), S = s.key_size, E = s.value_size;
     if (count == 0) return;
     pack_rows<Engine, R>(rows_from(s.k, first, s.length, S), 0, padded<Engine, R>(count), depth(S), depth(S),
                          right_at(s.k_right, depth(S), first, 0));
-    pack_columns<Engine, R>(Activated<T>{rows_from(s.v, first, s.length, E), s.swish}, 0, padded<Engine, R>(E),
-                            depth(count), key_depth(s), values_at(s, block));
+    pack_columns<Engine, R>(Activated<T>{rows_from(s.v, first, s.length, E), s.swish}, 0, padded<Engine, R>(E), depth(count),
+                            key_depth(s), right_at(values_at(s, first / KEYS), key_depth(s), 0, first % KEYS));
   }
 
   // Scores of one row, columns [from, to) of them visible, become weights; returns the factor by which the sums so far
@@ -112,7 +127,7 @@ struct Gau {
 
   // w.sums = A v for a block of rows, before division by the softmax's total.
   static void sum_values(const GauSample& s, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, FORWARD), S = s.key_size, E = s.value_size, step = columns(E);
+    const int64_t rows = rows_in(s, row, s.rows), S = s.key_size, E = s.value_size, step = columns(E);
     int64_t low = s.tokens, high = 0;
     for (int64_t r = 0; r < rows; ++r) {
       w.peak[r] = -INF, w.total[r] = 0;
@@ -153,7 +168,7 @@ struct Gau {
 
   // w.sums = u * A v; stores A v and the statistics where they are wanted.
   static void gate(const GauSample& s, GauWork& w, int64_t row) {
-    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size, step = columns(E);
+    const int64_t rows = rows_in(s, row, s.rows), E = s.value_size, step = columns(E);
     for (int64_t r = 0; r < rows; ++r) {
       float share = 1;
       if (s.softmax) {
@@ -164,7 +179,7 @@ struct Gau {
       for (int64_t e = 0; e < E; e += LANES) {
         float* at = w.sums + r * step + e;
         vec a = share * loadv(at);
-        if (s.attended.data != nullptr) store_some(row_of(s.attended, row + r) + e, a, E - e);
+        if (s.attended.data != nullptr) keep(row_of(s.attended, row + r) + e, a, E - e);
         if (s.u.data != nullptr) {
           const vec u = load_some(row_of(s.u, row + r) + e, E - e);
           a *= s.swish ? swish(u) : u;
@@ -172,14 +187,14 @@ struct Gau {
         storev(at, a);
       }
     }
-    const int64_t end = at_most(row + FORWARD, s.tokens);
+    const int64_t end = at_most(row + s.rows, s.tokens);
     clear(s.attended, row + rows, end, E);
     for (int64_t t = row + rows; t < end && s.stats != nullptr; ++t) s.stats[t] = -INF;
   }
 
   static void store_rows(const float* sums, int64_t step, const TokenMatrix& out, int64_t first, int64_t rows, int64_t n) {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < n; j += LANES) store_some(row_of(out, first + r) + j, loadv(sums + r * step + j), n - j);
+      for (int64_t j = 0; j < n; j += LANES) keep(row_of(out, first + r) + j, loadv(sums + r * step + j), n - j);
   }
 
   // Rows of `out` = left * right over k; `sums` is used where results are not stored as they are.
@@ -195,78 +210,135 @@ struct Gau {
 
   static void attend(const GauSample& s, GauWork& w, int64_t row) {
     Engine::begin();
-    const int64_t rows = rows_in(s, row, FORWARD), E = s.value_size;
+    const int64_t rows = rows_in(s, row, s.rows), E = s.value_size;
     sum_values(s, w, row);
     gate(s, w, row);
     store_rows(w.sums, columns(E), s.out, row, rows, E);
-    clear(s.out, row + rows, at_most(row + FORWARD, s.tokens), E);
+    clear(s.out, row + rows, at_most(row + s.rows, s.tokens), E);
     Engine::end();
   }
 
   // --- backward: g = u * grad, and the sums over tiles of dS and A -----------------------------------------------------------
 
-  // Packs a block's g, q, k and v, stores du and rowsum(g * A v). `grad` may be w.sums, which g replaces; with projections
-  // w.dh gets u * A v.
-  template <class Source>
-  static void prepare_from(const GauSample& s, GauWork& w, int64_t row, const Source& grad) {
-    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, E = s.value_size, step = columns(E);
-    for (int64_t r = 0; r < rows; ++r) {
-      vec delta{};
-      for (int64_t e = 0; e < E; e += LANES) {
-        const vec dout = grad(r, e), attended = load_some(row_of(s.attended, row + r) + e, E - e);
-        vec g = dout;
-        if (s.u.data != nullptr) {
-          vec u = load_some(row_of(s.u, row + r) + e, E - e), du = dout * attended;
-          if (s.swish) {
-            const vec sigma = sigmoid(u);
-            u *= sigma;
-            du *= sigma + u * (1.0f - sigma);
-            storev(w.dh + r * step + e, u * attended);
+  // Of `count` rows from row + r on: g, packed, v, packed, du, and rowsum(g * A v).
+  template <class Source, class PackGated>
+  static void prepare_few(const GauSample& s, GauWork& w, int64_t row, int64_t r, int64_t count, const Source& grad,
+                          PackGated pack_gated) {
+    const int64_t rows = rows_in(s, row, ROWS), E = s.value_size, turned = depth(s.tokens), t = row + r;
+    const int64_t left = padded<Engine, L>(count), right = r + FEW < rows ? FEW : padded<Engine, R>(rows) - r;
+    vec delta[FEW];
+    for (vec& sum : delta) sum = vec{};
+    for (int64_t first = 0; first < E; first += STRIP) {
+      const int64_t n = at_most(STRIP, E - first);
+      float *g_strip = w.strip, *gated = w.strip + FEW * STRIP;
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t e = first; e < first + n; e += LANES) {
+          const vec dout = grad(r + i, e), attended = load_some(row_of(s.attended, t + i) + e, E - e);
+          vec g = dout;
+          if (s.u.data != nullptr) {
+            vec u = load_some(row_of(s.u, t + i) + e, E - e), du = dout * attended;
+            if (s.swish) {
+              const vec sigma = sigmoid(u);
+              u *= sigma;
+              du *= sigma + u * (1.0f - sigma);
+              storev(gated + i * STRIP + e - first, u * attended);
+            }
+            g *= u;
+            keep(row_of(s.du, t + i) + e, du, E - e);
           }
-          g *= u;
-          store_some(row_of(s.du, row + r) + e, du, E - e);
+          g = Engine::rounded(g);  // as in the products, so that delta cancels what it has to
+          delta[i] += g * attended;
+          storev(g_strip + i * STRIP + e - first, g);
         }
-        g = Engine::rounded(g);  // as in the products, so that delta cancels what it has to
-        delta += g * attended;
-        storev(w.sums + r * step + e, g);
-      }
-      s.delta[row + r] = sum_of(delta);
+      const Rows<float> g{g_strip, STRIP, count, n};
+      pack_rows<Engine, L>(g, 0, left, depth(n), depth(E), left_at(s.g_left, depth(E), t, first));
+      pack_columns<Engine, R>(g, 0, padded<Engine, R>(n), depth(count), turned, right_at(s.g_turned, turned, first, t));
+      pack_rows<Engine, R>(Activated<T>{rows_from(shifted(s.v, first), row, s.length, n), s.swish}, r, right, depth(n),
+                           depth(E), right_at(s.v_right, depth(E), row, first));
+      pack_gated(Rows<float>{gated, STRIP, count, n}, t, first);
     }
+    for (int64_t i = 0; i < count; ++i) s.delta[t + i] = sum_of(delta[i]);
+  }
+
+  // Packs a block's g, q, k and v, stores du and rowsum(g * A v). With projections pack_gated(Rows<float> u * A v, first row,
+  // first column) follows each strip of it.
+  template <class Source, class PackGated>
+  static void prepare_from(const GauSample& s, GauWork& w, int64_t row, const Source& grad, PackGated pack_gated) {
+    const int64_t rows = rows_in(s, row, ROWS), S = s.key_size, now = depth(rows), turned = depth(s.tokens);
     if (rows == 0) return;
-    const int64_t turned = depth(s.tokens), now = depth(rows);
-    const Rows<float> g{w.sums, step, rows, E};
+    for (int64_t r = 0; r < rows; r += FEW) prepare_few(s, w, row, r, at_most(FEW, rows - r), grad, pack_gated);
     const Rows<T> q = rows_from(s.q, row, s.length, S), k = rows_from(s.k, row, s.length, S);
-    pack_rows<Engine, L>(g, 0, padded<Engine, L>(rows), depth(E), depth(E), left_at(s.g_left, depth(E), row, 0));
-    pack_columns<Engine, R>(g, 0, padded<Engine, R>(E), now, turned, right_at(s.g_turned, turned, 0, row));
     pack_rows<Engine, L>(q, 0, padded<Engine, L>(rows), depth(S), depth(S), left_at(s.q_left, depth(S), row, 0));
     pack_columns<Engine, R>(q, 0, padded<Engine, R>(S), now, turned, right_at(s.q_turned, turned, 0, row));
     pack_rows<Engine, R>(k, 0, padded<Engine, R>(rows), depth(S), depth(S), right_at(s.k_right, depth(S), row, 0));
     pack_columns<Engine, R>(k, 0, padded<Engine, R>(S), now, turned, right_at(s.k_turned, turned, 0, row));
-    pack_rows<Engine, R>(Activated<T>{rows_from(s.v, row, s.length, E), s.swish}, 0, padded<Engine, R>(rows), depth(E),
-                         depth(E), right_at(s.v_right, depth(E), row, 0));
   }
 
   static void prepare(const GauSample& s, GauWork& w, int64_t row) {
     const int64_t end = at_most(row + ROWS, s.tokens), rows = rows_in(s, row, ROWS);
-    prepare_from(s, w, row, rows_from(s.grad, row, s.length, s.value_size));
+    prepare_from(s, w, row, rows_from(s.grad, row, s.length, s.value_size), [](const Rows<float>&, int64_t, int64_t) {});
     if (s.u.data != nullptr) clear(s.du, row + rows, end, s.value_size);
+  }
+
+  // What of a tile some rows see, or what of it sees some keys: [from, to), `from` a multiple of PART.
+  struct Range {
+    int64_t from, to;
+    bool operator==(const Range& other) const { return from == other.from && to == other.to; }
+  };
+  static bool sees(const GauSample& s, int64_t t, int64_t key, int64_t keys) {
+    return s.first[t] < s.last[t] && s.first[t] < key + keys && s.last[t] > key;
+  }
+  static Range keys_seen(const GauSample& s, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+    int64_t low = key + keys, high = key;
+    for (int64_t t = row; t < row + rows; ++t) {
+      if (!sees(s, t, key, keys)) continue;
+      low = at_most(low, s.first[t]);
+      high = s.last[t] > high ? s.last[t] : high;
+    }
+    low = low > key ? low - key : 0;
+    return {low / PART * PART, at_most(high - key, keys)};
+  }
+  static Range rows_seeing(const GauSample& s, int64_t row, int64_t rows, int64_t key, int64_t keys) {
+    int64_t low = rows, high = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (!sees(s, row + r, key, keys)) continue;
+      low = at_most(low, r);
+      high = r + 1;
+    }
+    return {low / PART * PART, high};
+  }
+
+  // body(first, count, range) for parts of [0, n) with a range that is not empty; neighbours of equal range are one part.
+  template <class Find, class Body>
+  static void by_parts(int64_t n, Find find, Body body) {
+    Range now{}, next{};
+    for (int64_t first = 0, end; first < n; first = end, now = next) {
+      if (first == 0) now = find(0, at_most(PART, n));
+      for (end = first + PART; end < n; end += PART)
+        if (next = find(end, at_most(PART, n - end)); !(next == now)) break;
+      end = at_most(end, n);
+      if (now.from < now.to) body(first, end - first, now);
+    }
   }
 
   // The share of one tile of A in dv, dk and dq.
   static void tile_gradient(const GauSample& s, GauWork& w, int64_t row, int64_t key) {
     const int64_t rows = rows_in(s, row, BACKWARD), keys = rows_in(s, key, BACKWARD), S = s.key_size, E = s.value_size;
     const int64_t step = BACKWARD, turned = depth(s.tokens);
-    bool any = false;
-    for (int64_t r = 0; r < rows; ++r) any |= s.first[row + r] < key + keys && s.last[row + r] > key;
-    if (!any) return;
+    const auto seen = [&](int64_t r, int64_t count) { return keys_seen(s, row + r, count, key, keys); };
+    const auto seeing = [&](int64_t c, int64_t count) { return rows_seeing(s, row, rows, key + c, count); };
+    const Range all = seen(0, rows);
+    if (all.from >= all.to) return;
     Engine::begin();
-    multiply<Engine>(rows, keys, words(S), left_at(s.q_left, depth(S), row, 0), depth(S),
-                     right_at(s.k_right, depth(S), key, 0), depth(S), w.scores, step, false);
-    multiply<Engine>(rows, keys, words(E), left_at(s.g_left, depth(E), row, 0), depth(E),
-                     right_at(s.v_right, depth(E), key, 0), depth(E), w.more, step, false);
+    by_parts(rows, seen, [&](int64_t r, int64_t count, Range c) {
+      multiply<Engine>(count, c.to - c.from, words(S), left_at(s.q_left, depth(S), row + r, 0), depth(S),
+                       right_at(s.k_right, depth(S), key + c.from, 0), depth(S), w.scores + r * step + c.from, step, false);
+      multiply<Engine>(count, c.to - c.from, words(E), left_at(s.g_left, depth(E), row + r, 0), depth(E),
+                       right_at(s.v_right, depth(E), key + c.from, 0), depth(E), w.more + r * step + c.from, step, false);
+    });
     for (int64_t r = 0; r < rows; ++r) {
       float *a = w.scores + r * step, *d = w.more + r * step;
-      int64_t c0 = s.first[row + r] - key, c1 = at_most(s.last[row + r] - key, keys);
+      int64_t c0 = at_most(s.first[row + r] - key, keys), c1 = at_most(s.last[row + r] - key, keys);
       c0 = c0 < 0 ? 0 : c0;
       c1 = c1 < c0 ? c0 : c1;
       const float factor = s.factor[row + r];
@@ -294,14 +366,23 @@ struct Gau {
     }
     const Rows<float> a{w.scores, step, rows, keys}, d{w.more, step, rows, keys};
     pack_columns<Engine, L>(a, 0, padded<Engine, L>(keys), depth(rows), depth(rows), w.weights);
-    multiply<Engine>(keys, E, words(rows), w.weights, depth(rows), right_at(s.g_turned, turned, 0, row), turned,
-                     s.sum_dv + key * columns(E), columns(E), true);
+    by_parts(keys, seeing, [&](int64_t c, int64_t count, Range r) {
+      multiply<Engine>(count, E, words(r.to - r.from), left_at(w.weights, depth(rows), c, r.from), depth(rows),
+                       right_at(s.g_turned, turned, 0, row + r.from), turned, s.sum_dv + (key + c) * columns(E), columns(E),
+                       true);
+    });
     pack_columns<Engine, L>(d, 0, padded<Engine, L>(keys), depth(rows), depth(rows), w.weights);
-    multiply<Engine>(keys, S, words(rows), w.weights, depth(rows), right_at(s.q_turned, turned, 0, row), turned,
-                     s.sum_dk + key * columns(S), columns(S), true);
+    by_parts(keys, seeing, [&](int64_t c, int64_t count, Range r) {
+      multiply<Engine>(count, S, words(r.to - r.from), left_at(w.weights, depth(rows), c, r.from), depth(rows),
+                       right_at(s.q_turned, turned, 0, row + r.from), turned, s.sum_dk + (key + c) * columns(S), columns(S),
+                       true);
+    });
     pack_rows<Engine, L>(d, 0, padded<Engine, L>(rows), depth(keys), depth(keys), w.weights);
-    multiply<Engine>(rows, S, words(keys), w.weights, depth(keys), right_at(s.k_turned, turned, 0, key), turned,
-                     s.sum_dq + row * columns(S), columns(S), true);
+    by_parts(rows, seen, [&](int64_t r, int64_t count, Range c) {
+      multiply<Engine>(count, S, words(c.to - c.from), left_at(w.weights, depth(keys), r, c.from), depth(keys),
+                       right_at(s.k_turned, turned, 0, key + c.from), turned, s.sum_dq + (row + r) * columns(S), columns(S),
+                       true);
+    });
     Engine::end();
   }
 

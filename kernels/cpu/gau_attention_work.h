@@ -8,6 +8,7 @@ namespace supy {
 // its matrix; "_left" and "_right" say which side of a product it is, "_turned" that its depth is the tokens.
 struct GauSample {
   int64_t tokens, length, key_size, value_size;
+  int64_t rows;          // of a task, forward
   bool softmax, swish;  // swish: v and u hold what comes before the activation
   const int64_t *first, *last;
   const float *factor, *share;
@@ -22,11 +23,11 @@ struct GauSample {
 struct GauUnit {
   int64_t dim;
   TokenMatrix x, h, y, grad, dx;
-  const float *scale, *offset, *cosine, *sine;
+  const float *gamma, *beta, *cosine, *sine;
   float *uv_right, *z_right, *out_right, *in_turned, *out_turned;   // of the weights
   float *gated_turned, *grad_turned, *dh_turned, *x_turned;         // backward
   float *sum_w_in, *sum_w_out;  // gradients of the weights, rows and columns padded
-  float* sum_affine;            // [4, S] of each block of rows: gradients of scale and offset
+  float* sum_affine;            // [4, S] of each block of rows: gradients of gamma and beta
 };
 
 struct GauWork {
@@ -34,17 +35,18 @@ struct GauWork {
   float *weights;        // a panel of A or dS
   float *scores, *more;  // [block, keys]
   float *sums;           // [block, columns]
-  float *dh;             // [block, 2 E + S]
+  float *strip;          // numbers on their way into a panel
   float *peak, *total;   // [block]
 };
 
 struct GauKernels {
-  int64_t forward_block, row_block, backward_block;  // rows of a task: forward, backward, and of a tile of gradients
-  int64_t keys, strip;                               // keys, and columns of h, that are treated at once
+  int64_t forward_block, row_block, backward_block;  // rows of a task: forward (at most), backward, of a tile of gradients
+  int64_t keys, packed, strip, wide;                 // keys of a tile and of a task; floats; columns of h made at once
+  int64_t (*forward_rows)(int64_t tokens);
   int64_t (*left_floats)(int64_t rows, int64_t depth);
   int64_t (*right_floats)(int64_t rows, int64_t depth);
   int64_t (*columns)(int64_t n);  // of a row of results of n numbers
-  void (*pack_keys)(const GauSample& s, int64_t block);
+  void (*pack_keys)(const GauSample& s, int64_t first);
   void (*attend)(const GauSample& s, GauWork& w, int64_t row);
   void (*prepare)(const GauSample& s, GauWork& w, int64_t row);
   void (*tile_gradient)(const GauSample& s, GauWork& w, int64_t row, int64_t key);

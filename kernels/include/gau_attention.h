@@ -38,14 +38,14 @@ struct GauAttentionGradient {
 void gau_attention_cpu(const GauAttentionParams& p);
 void gau_attention_backward_cpu(const GauAttentionParams& p, const GauAttentionGradient& g);
 
-// The unit around it: h = x w_in^T = (u, v, z) before swish, q and k = rotated (z * scale + offset), y = out w_out^T.
+// The unit around it: h = x w_in^T = (u, v, z) before swish, q and k = rotated (z * gamma + beta), y = out w_out^T.
 // Of `attention`, the tensors q, k, v, u and out are not used.
 struct GatedAttentionUnitParams {
   GauAttentionParams attention;
   int64_t dim;
   TokenMatrix x, h;                  // h may be absent
   const void *w_in, *w_out;          // [2 E + S, dim], [dim, E]
-  const float *scale, *offset;       // [2, S]
+  const float *gamma, *beta;         // [2, S]
   const float *cosine, *sine;        // [T, S / 2]
   TokenMatrix y;
 };
@@ -54,7 +54,7 @@ struct GatedAttentionUnitGradient {
   TokenMatrix grad;  // of y
   TokenMatrix dx;
   void *dw_in, *dw_out;
-  float *dscale, *doffset;
+  float *dgamma, *dbeta;
 };
 
 void gated_attention_unit_cpu(const GatedAttentionUnitParams& p);
