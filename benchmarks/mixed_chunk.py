@@ -23,7 +23,7 @@ from supy.reference.mixed_chunk_layer import mixed_chunk_layer as formula
 DIM, KEYS, VALUES, CHUNK = 768, 128, 1536, 256
 
 
-def inputs(T):
+def inputs(T, dtype=torch.float32):
     """x, w_in, w_out, gamma, beta, tables of the rotation, and the gradient of the result."""
     generator = torch.Generator().manual_seed(0)
 
@@ -33,7 +33,8 @@ def inputs(T):
     w_in, w_out = random(2 * VALUES + KEYS, DIM) / DIM**0.5, random(DIM, VALUES) / VALUES**0.5
     angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, KEYS, 2).double() / KEYS))
     affine = 1 + 0.1 * random(4, KEYS), 0.1 * random(4, KEYS)
-    return random(1, T, DIM), w_in, w_out, *affine, angle.cos().float(), angle.sin().float(), random(1, T, DIM)
+    tensors = random(1, T, DIM), w_in, w_out, *affine, angle.cos(), angle.sin(), random(1, T, DIM)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def ours(x, w_in, w_out, gamma, beta, *_):

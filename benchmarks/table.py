@@ -108,18 +108,22 @@ def _gated_attention_row(T, kernel="softmax_plus", *, causal=False, training=Tru
     )
 
 
-def _mixed_chunk_row(T, training):
+def _mixed_chunk_row(T, training, dtype=torch.float32):
     layers = {name: both[training] for name, both in mixed_chunk.LAYERS.items()}
+    name = "" if dtype == torch.float32 else f" {str(dtype)[6:]}"
+    if name:
+        del layers["FLASH-pytorch"]
     make = mixed_chunk.backward if training else mixed_chunk.forward
     D, S, E, c = mixed_chunk.DIM, mixed_chunk.KEYS, mixed_chunk.VALUES, mixed_chunk.CHUNK
     a_token = D * (2 * E + S) + E * D + c / 2 * (S + E) + 2 * S * E  # multiply-adds, forward
     return Row(
         "mixed_chunk_layer",
-        f"[1, {T}, {D}] causal, {'with gradients' if training else 'forward'}",
-        lambda: mixed_chunk.inputs(T),
+        f"[1, {T}, {D}]{name} causal, {'with gradients' if training else 'forward'}",
+        lambda: mixed_chunk.inputs(T, dtype),
         {**layers, "torch.compile": make(compiled(mixed_chunk.eager))},
         exact=layers["eager"],
         flops=int(2 * T * a_token * (3 if training else 1)),
+        dtype=dtype,
         gradients=training,
     )
 
@@ -435,5 +439,6 @@ ROWS = [
     _mixed_chunk_row(4096, training=False),
     _mixed_chunk_row(4096, training=True),
     _mixed_chunk_row(16384, training=True),
+    _mixed_chunk_row(4096, training=True, dtype=torch.bfloat16),
     # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]

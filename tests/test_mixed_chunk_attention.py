@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import supy
 from _compare import assert_close_to_reference
@@ -119,6 +120,25 @@ def test_values_and_gradients_in_each_dtype(regime, dtype, causal):
     for i, name in enumerate(("out", *NAMES)):
         factor = 2 if i == 0 else 3
         assert_close_to_reference(f"mixed_chunk_attention: {name}", got[i], exact[i], plain[i], factor)
+
+
+@both_forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_of_several_blocks_of_rows(dtype, causal):
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn((2, 430, n), generator=generator, dtype=torch.float64) for n in (20, 20, 20, 20, 50, 50)]
+    options = {"chunk_size": 150, "causal": causal, "lengths": torch.tensor([430, 270])}
+    weight = torch.randn(tensors[4].shape).to(dtype)
+
+    def run(working):
+        given = [x.to(dtype).to(working).requires_grad_() for x in tensors]
+        return _gradients(lambda *x: mixed_chunk_attention(*x, **options), given, weight.to(working))
+
+    exact, got = run(torch.float64), run(dtype)
+    with supy.use_backend("reference"):
+        plain = run(dtype)
+    for i, name in enumerate(("out", *NAMES)):
+        assert_close_to_reference(f"mixed_chunk_attention: {name}", got[i], exact[i], plain[i], 3 if i else 2)
 
 
 @both_forms

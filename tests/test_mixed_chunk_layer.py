@@ -11,7 +11,7 @@ from _compare import assert_close_to_reference
 from supy.ops import mixed_chunk_attention, mixed_chunk_layer
 from supy.ops import rotary as rotate
 
-layer_module = sys.modules["supy.ops.mixed_chunk_layer"]
+attention_module, layer_module = (sys.modules[f"supy.ops.mixed_chunk_{name}"] for name in ("attention", "layer"))
 
 # name: (B, T, D, S, E, options)
 REGIMES = {
@@ -24,13 +24,19 @@ REGIMES = {
     "a chunk larger than a piece": (1, 100, 6, 4, 5, {"chunk_size": 40, "causal": True}),
     "a constant normalizer": (1, 40, 6, 4, 5, {"chunk_size": 8, "causal": True, "normalizer": "chunk_size"}),
     "above a vector": (1, 70, 40, 34, 50, {"chunk_size": 16, "causal": True}),
+    "one token": (2, 1, 6, 4, 5, {"chunk_size": 4, "causal": True}),
+    "a chunk less one token": (1, 15, 6, 4, 5, {"chunk_size": 16, "causal": True}),
+    "lengths around a chunk": (5, 33, 6, 4, 5, {"chunk_size": 16, "causal": True, "lengths": [1, 15, 16, 17, 33]}),
+    "the same, not causal": (5, 33, 6, 4, 5, {"chunk_size": 16, "lengths": [1, 15, 16, 17, 33]}),
+    "a chunk of several blocks": (1, 310, 20, 6, 50, {"chunk_size": 150, "causal": True, "lengths": [299]}),
+    "the same, several pieces, not causal": (1, 310, 20, 6, 50, {"chunk_size": 150, "lengths": [299]}),
 }
 every_regime = pytest.mark.parametrize("regime", REGIMES)
 
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(layer_module, "_SEGMENT", 16)
+    monkeypatch.setattr(attention_module, "_SEGMENT", 16)
 
 
 def _make(regime, dtype=torch.float64):
@@ -105,18 +111,23 @@ def test_without_gradients_nothing_is_kept():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B", [1, 3])
-def test_threads_show_in_no_bit(B, dtype, causal):
-    """Of attention, of which threads share chunks, columns and samples; the products around it are torch's."""
+@pytest.mark.parametrize("part", ["attention", "layer"])
+def test_threads_show_in_no_bit(part, B, dtype, causal, monkeypatch):
+    """Threads share blocks of rows, columns and weights, of pieces of one sample or of several."""
+    monkeypatch.setattr(attention_module, "_SEGMENT", 128)
+    monkeypatch.setattr(layer_module, "_KEPT", 100_000)
     torch.manual_seed(0)
-    tensors = [torch.randn(B, 500, n).to(dtype).requires_grad_() for n in (40, 40, 40, 40, 300, 300)]
-    weight = torch.randn(B, 500, 300).to(dtype)
+    if part == "attention":
+        function, shapes = mixed_chunk_attention, [(B, 500, n) for n in (40, 40, 40, 40, 300, 300)]
+    else:
+        function, shapes = mixed_chunk_layer, [(B, 500, 70), (2 * 200 + 40, 70), (70, 200), (4, 40), (4, 40)]
+    tensors = [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype).requires_grad_() for shape in shapes]
+    weight = torch.randn(B, 500, 300 if part == "attention" else 70).to(dtype)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(
-                _gradients(lambda *x: mixed_chunk_attention(*x, chunk_size=48, causal=causal), tensors, weight)
-            )
+            results.append(_gradients(lambda *x: function(*x, chunk_size=48, causal=causal), tensors, weight))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -124,8 +135,24 @@ def test_threads_show_in_no_bit(B, dtype, causal):
             assert torch.equal(a, b)
 
 
+def test_gradients_of_weights_add_up_in_float32():
+    """In bfloat16 half of 1,000 equal addends would vanish: each is below half an ulp of a sum of 256 of them."""
+    tensors = [torch.full(shape, 0.5).to(torch.bfloat16) for shape in ((1, 16_000, 4), (10, 4), (4, 4), (4, 2), (4, 2))]
+    tensors = [x.requires_grad_() for x in tensors]
+    options = {"chunk_size": 16, "causal": True, "normalizer": "tokens"}
+    weight = torch.ones(1, 16_000, 4)
+
+    def run(given):
+        return _gradients(lambda *x: mixed_chunk_layer(*x, **options), given, weight.to(given[0].dtype))
+
+    exact = run([x.detach().double().requires_grad_() for x in tensors])
+    for name, a, b in list(zip(NAMES, run(tensors), exact, strict=True))[2:4]:
+        assert ((a.double() - b).abs() <= 0.02 * b.abs()).all(), name
+
+
 MEMORY_SCRIPT = """
-import resource, torch, supy
+import resource, sys, torch, supy
+sys.modules["supy.ops.mixed_chunk_layer"]._KEPT = KEPT
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(2)
 layer = supy.nn.MixedChunkAttention(256, causal=True)
@@ -140,12 +167,12 @@ print(run(16384))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in kB")
-def test_memory_of_a_layer():
-    """y and dx take 32 MB; u, v and z alone, which autograd would keep three times over, 72 MB."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY_SCRIPT], check=True, capture_output=True, text=True, timeout=300
-    )
-    assert float(result.stdout) < 110, result.stdout
+@pytest.mark.parametrize("kept, megabytes", [(1 << 30, 160), (0, 90)], ids=["kept", "computed again"])
+def test_memory_of_a_layer(kept, megabytes):
+    """y and dx take 32 MB; u, v and z, which autograd would keep three times over, 72 MB where they are kept."""
+    script = MEMORY_SCRIPT.replace("KEPT = KEPT", f"KEPT = {kept}")
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=300)
+    assert float(result.stdout) < megabytes, result.stdout
 
 
 def _errors():

@@ -171,7 +171,8 @@ static inline void pack_columns(const Source& in, int64_t first, int64_t count, 
 
 // --- the product -----------------------------------------------------------------------------------------------------------
 
-// What a block brings into the caches for those after it: a share of the next sliver of b, and the next block of c.
+// What a block brings into the caches for those after it: a share of the next sliver of b, and the next block of c. Passed by
+// reference: a copy is read in other pieces than it was just written in, and so waits for all stores of the block before.
 struct Ahead {
   const float* b;
   int64_t b_share;  // floats of b for each word of this block
@@ -180,7 +181,7 @@ struct Ahead {
 
 template <class Engine, int VECTORS>
 static inline void multiply_block(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add,
-                                  Ahead ahead) {
+                                  const Ahead& ahead) {
   constexpr int HEIGHT = Engine::LEFT;
   vec sum[HEIGHT][VECTORS];  // registers, which is why every loop over it is unrolled
 #pragma GCC unroll 24
@@ -209,7 +210,7 @@ static inline void multiply_block(int64_t words, const float* a, const float* b,
 
 #if SUPY_LANES == 16
 static inline void multiply_tiles(int64_t words, const float* a, const float* b, float* c, int64_t c_step, bool add,
-                                  Ahead ahead) {
+                                  const Ahead& ahead) {
   const int64_t step = 4 * c_step, line = 64;
   float* below = c + 16 * c_step;
   if (add)

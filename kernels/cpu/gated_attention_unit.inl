@@ -2,32 +2,12 @@
 // rotated on the way, so that the unit keeps h and A v between forward and backward and nothing else of their size.
 #include "gau_attention.inl"
 
-// Pairs of neighbours turned by the angle of their token; sign 1 or, back, -1.
-static inline vec rotate_pairs(vec x, const float* cosine, const float* sine, int64_t pairs, float sign) {
-  ivec twice, other;
-  vec signs;
-  for (int l = 0; l < LANES; ++l) twice[l] = l / 2, other[l] = l ^ 1, signs[l] = l % 2 ? sign : -sign;
-  const vec c = __builtin_shuffle(load_some(cosine, at_most(pairs, LANES / 2)), twice);
-  const vec s = __builtin_shuffle(load_some(sine, at_most(pairs, LANES / 2)), twice);
-  return x * c + __builtin_shuffle(x, other) * s * signs;
-}
-
 template <class Engine, class T>
 struct Unit : Gau<Engine, T> {
   using Base = Gau<Engine, T>;
-  using Base::ROWS, Base::STRIP, Base::FEW, Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::keep,
-      Base::left_at, Base::product, Base::right_at, Base::row_of, Base::rows_from, Base::rows_in, Base::store_rows, Base::words;
-  static constexpr int64_t WIDE = 480;  // columns of h that are made at once
-
-  // Rows [first, first + WIDE) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
-  static void pack_weight(const void* data, int64_t rows, int64_t columns, bool turned, int64_t first, float* panel) {
-    const Rows<T> weight{static_cast<const T*>(data), columns, rows, columns};
-    const int64_t count = padded<Engine, R>(at_most(WIDE, (turned ? columns : rows) - first));
-    if (turned)
-      pack_columns<Engine, R>(weight, first, count, depth(rows), depth(rows), panel);
-    else
-      pack_rows<Engine, R>(weight, first, count, depth(columns), depth(columns), panel);
-  }
+  using Base::ROWS, Base::STRIP, Base::WIDE, Base::FEW, Base::L, Base::R, Base::clear, Base::columns, Base::depth,
+      Base::keep, Base::left_at, Base::pack_weight, Base::product, Base::right_at, Base::row_of, Base::rows_from,
+      Base::rows_in, Base::store_rows, Base::words;
 
   // h for a block of rows, and q and k from its last columns.
   static void project(const GauSample& s, const GauUnit& l, GauWork& w, int64_t row) {

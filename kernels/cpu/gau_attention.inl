@@ -19,6 +19,16 @@ static inline vec swish_slope(vec x) {
   return s + x * s * (1.0f - s);
 }
 
+// Pairs of neighbours turned by the angle of their token; sign 1 or, back, -1.
+static inline vec rotate_pairs(vec x, const float* cosine, const float* sine, int64_t pairs, float sign) {
+  ivec twice, other;
+  vec signs;
+  for (int l = 0; l < LANES; ++l) twice[l] = l / 2, other[l] = l ^ 1, signs[l] = l % 2 ? sign : -sign;
+  const vec c = __builtin_shuffle(load_some(cosine, at_most(pairs, LANES / 2)), twice);
+  const vec s = __builtin_shuffle(load_some(sine, at_most(pairs, LANES / 2)), twice);
+  return x * c + __builtin_shuffle(x, other) * s * signs;
+}
+
 template <class T>
 struct Activated {
   Rows<T> rows;
@@ -34,6 +44,7 @@ struct Gau {
   static constexpr int64_t FORWARD = Engine::TILES ? 192 : 96, ROWS = Engine::TILES ? 128 : 96;
   static constexpr int64_t BACKWARD = Engine::TILES ? 256 : 288, KEYS = 384, PART = 96;
   static constexpr int64_t FEW = 32, STRIP = 384;
+  static constexpr int64_t WIDE = 480;  // columns of h that are made at once, and rows of a weight that are packed
   static constexpr Side L = Side::left, R = Side::right;
 
   static int64_t left_floats(int64_t rows, int64_t k) { return panel_floats<Engine, L>(rows, k); }
@@ -72,6 +83,16 @@ struct Gau {
   }
   static int64_t rows_in(const GauSample& s, int64_t first, int64_t block) {
     return at_most(block, s.length > first ? s.length - first : 0);
+  }
+
+  // Rows [first, first + WIDE) of the right panel of a weight [rows, columns], whose depth is its columns or, turned, its rows.
+  static void pack_weight(const void* data, int64_t rows, int64_t columns, bool turned, int64_t first, float* panel) {
+    const Rows<T> weight{static_cast<const T*>(data), columns, rows, columns};
+    const int64_t count = padded<Engine, R>(at_most(WIDE, (turned ? columns : rows) - first));
+    if (turned)
+      pack_columns<Engine, R>(weight, first, count, depth(rows), depth(rows), panel);
+    else
+      pack_rows<Engine, R>(weight, first, count, depth(columns), depth(columns), panel);
   }
 
   // --- forward -------------------------------------------------------------------------------------------------------------

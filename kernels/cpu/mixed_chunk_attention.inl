@@ -1,15 +1,9 @@
-// Mixed-chunk attention of one sample. See supy/reference/mixed_chunk_attention.py for the formula.
+// Mixed-chunk attention, and the layer around it, in blocks of rows of a chunk, on packed operands. See
+// supy/reference/mixed_chunk_attention.py for the formula.
 //
-// The sample is taken in segments of a few chunks, and each of them in passes: over chunks (their weights A, packed),
-// over blocks of E, one chunk after another (rows of the result, and the sums M and dM), and over chunks again
-// (products that sum over E). The threads share out the chunks or the blocks of a pass. No sum is split among them, so
-// that their number shows in no bit.
-#include "panels.inl"
-
-static constexpr int64_t STRIP = 32;      // rows of a triangle that are taken at once: whole slivers of every engine
-static constexpr int64_t BLOCK = 384;     // numbers of E that are taken at once: likewise
-static constexpr int64_t SEGMENT = 2048;  // tokens of a segment, in at most MOST chunks
-static constexpr int64_t MOST = 8;
+// Both parts of a row are one product: [w q_lin, A] [M; v], and so are their gradients: [dq_lin, dA] = g [M; v]^T and
+// dv = [A^T, k_lin] [g; dM]. What a causal row sees is the beginning of such a panel, what a key is seen by its end.
+#include "gau_attention.inl"
 
 static inline vec only_first(vec v, int64_t count) {
   ivec lane;
@@ -17,417 +11,343 @@ static inline vec only_first(vec v, int64_t count) {
   return lane < static_cast<int32_t>(count < 0 ? 0 : count < LANES ? count : LANES) ? v : vec{};
 }
 
-// --- one sample -------------------------------------------------------------------------------------------------------
+template <class T>
+struct Shifted {
+  Rows<T> rows;
+  int64_t by;
+  vec operator()(int64_t i, int64_t j) const { return rows(i - by, j); }
+};
 
 template <class Engine, class T>
-struct MixedChunk {
-  const MixedChunkParams& p;
-  const int64_t b, c, S, E;  // c: at most T tokens
-  const int64_t length, segment, segments;
-  const int64_t over_tokens, over_keys;  // depth of panels that sum over a chunk's tokens, over S
-  const int64_t square, step;            // columns of scores; of M, and of results
-  const bool gradients;
-  const float factor;
+struct Mixed : Gau<Engine, T> {
+  using Base = Gau<Engine, T>;
+  using Base::L, Base::R, Base::clear, Base::columns, Base::depth, Base::left_at, Base::product, Base::right_at,
+      Base::row_of, Base::rows_from, Base::store_rows, Base::words;
+  static constexpr int64_t BLOCK = Engine::TILES ? 128 : 64;
+  static constexpr int64_t COLUMNS = 192;  // whole slivers of every engine
 
-  struct Chunk {
-    float *A, *A_turned, *q, *q_turned, *k, *k_turned;  // left panels of the weights, of q_lin and of k_lin
-    float *M, *dM;                                      // what the chunk's linear part reads, [S, step]
-    float* g;                                           // u * grad, [c, step]
-  } chunks[MOST];
-  float *M, *dM, *starts;  // starts: M before each segment
-  float* own;              // of the threads
-  int64_t own_floats, floats;
-
-  struct Own {
-    float *left, *right, *keys, *values, *result, *turned, *scores, *grads, *floats;
-  };
-
-  MixedChunk(const MixedChunkParams& p, int64_t b, int threads, float* memory)
-      : p(p), b(b), c(at_most(p.chunk, p.tokens)), S(p.key_size), E(p.value_size),
-        length(memory == nullptr ? 0 : p.lengths[b]),
-        segment(SEGMENT / c < 1 ? 1 : at_most(at_most(SEGMENT / c, MOST), (p.tokens + c - 1) / c)),
-        segments((p.tokens + segment * c - 1) / (segment * c)), over_tokens(depth_of<Engine>(c)),
-        over_keys(depth_of<Engine>(S)), square(padded<Engine, Side::right>(c)), step(padded<Engine, Side::right>(E)),
-        gradients(p.grad.data != nullptr),
-        factor(1.0f / (static_cast<float>(S > 0 ? S : 1) * static_cast<float>(p.chunk))) {
-    Pieces pieces(memory);
-    const int64_t sums = padded<Engine, Side::left>(S) * step;
-    M = pieces.take(sums);
-    dM = gradients ? pieces.take(sums) : nullptr;
-    starts = gradients && p.causal ? pieces.take(segments * sums) : nullptr;
-    for (int64_t i = 0; i < segment; ++i) {
-      Chunk& chunk = chunks[i];
-      chunk.A = pieces.take(panel_floats<Engine, Side::left>(c, c));
-      chunk.q = pieces.take(panel_floats<Engine, Side::left>(c, S));
-      chunk.k_turned = pieces.take(panel_floats<Engine, Side::left>(S, c));
-      if (!gradients) continue;
-      chunk.M = pieces.take(sums);
-      chunk.A_turned = pieces.take(panel_floats<Engine, Side::left>(c, c));
-      chunk.k = pieces.take(panel_floats<Engine, Side::left>(c, S));
-      chunk.q_turned = pieces.take(panel_floats<Engine, Side::left>(S, c));
-      chunk.dM = pieces.take(sums);
-      chunk.g = pieces.take(c * step);
-    }
-    const int64_t shared = pieces.used();
-    own = pieces.take(0);
-    take_own(pieces);
-    own_floats = pieces.used() - shared;
-    floats = shared + threads * own_floats;  // a multiple of 16, as each piece is
-  }
-
-  // Panels for one thread: of a chunk's rows, its columns or keys, the sums; and results.
-  Own take_own(Pieces& pieces) const {
-    const int64_t block = at_most(BLOCK, round_up(E, LANES)), wide = S > block ? S : block;
-    const int64_t high = padded<Engine, Side::left>(c > S ? c : S), long_ = c > wide ? c : wide;
-    Own own;
-    own.left = pieces.take(panel_floats<Engine, Side::left>(high, long_));
-    own.right = pieces.take(panel_floats<Engine, Side::right>(long_, long_));
-    own.keys = pieces.take(panel_floats<Engine, Side::right>(wide, wide));
-    own.values = gradients ? pieces.take(panel_floats<Engine, Side::left>(S, block)) : nullptr;
-    own.result = pieces.take(high * padded<Engine, Side::right>(long_));
-    own.turned = gradients ? pieces.take(padded<Engine, Side::left>(S) * square) : nullptr;
-    own.scores = pieces.take(padded<Engine, Side::left>(c) * square);
-    own.floats = pieces.take(c * round_up(S, LANES));
-    own.grads = gradients ? pieces.take(padded<Engine, Side::left>(c) * square) : nullptr;
-    return own;
-  }
-  Own own_of(int thread) const {
-    Pieces pieces(own + thread * own_floats);
-    return take_own(pieces);
-  }
-
-  int64_t tokens_of(int64_t chunk) const {  // below the sample's length
-    const int64_t left = length - chunk * c;
-    return left < 0 ? 0 : at_most(left, c);
-  }
-  float weight(int64_t chunk) const { return p.weights[b * p.weight_batch_step + chunk * p.weight_chunk_step]; }
-
-  // Tokens of a chunk; columns from `column` on.
-  Rows<T> rows(const TokenMatrix& x, int64_t chunk, int64_t columns, int64_t column = 0) const {
-    if (x.data == nullptr) return {nullptr, 0, 0, 0};
-    return {token(x, chunk * c) + column, x.token_step, tokens_of(chunk), columns};
-  }
-  T* token(const TokenMatrix& x, int64_t t) const {
-    return static_cast<T*>(x.data) + b * x.batch_step + t * x.token_step;
+  static int64_t deep(const MixedCall& z) { return depth(z.key_size) + depth(z.chunk); }
+  static int64_t square(const MixedCall& z) { return padded<Engine, R>(z.chunk); }
+  static int64_t hidden(const MixedCall& z) { return 2 * z.value_size + z.key_size; }
+  static int64_t rows_in(const MixedChunk& m, int64_t row) { return m.rows > row ? at_most(BLOCK, m.rows - row) : 0; }
+  static int64_t seen(const MixedCall& z, const MixedChunk& m, int64_t row) {
+    return z.causal ? row + rows_in(m, row) : m.rows;
   }
 
   // --- packing: one copy of each for the many places that need it, because the compiler takes long over them
 
-  template <class From>
-  __attribute__((noinline)) static void left_rows(const Rows<From>& in, int64_t rows, int64_t depth, float* panel) {
-    pack_rows<Engine, Side::left>(in, 0, padded<Engine, Side::left>(rows), depth, depth, panel);
+  // Into rows of the panel from `row` on, a multiple of LANES.
+  template <Side side, class From>
+  __attribute__((noinline)) static void pack_rows_at(const Rows<From>& in, int64_t row, int64_t words,
+                                                     int64_t panel_depth, float* panel) {
+    int64_t count = Engine::TILES ? columns(in.rows) : round_up(in.rows, LANES);
+    if (side == L) count = padded<Engine, L>(in.rows);
+    pack_rows<Engine, side>(Shifted<From>{in, row}, row, count, words, panel_depth, panel);
   }
-  template <class From>
-  __attribute__((noinline)) static void right_rows(const Rows<From>& in, int64_t rows, int64_t depth, float* panel) {
-    pack_rows<Engine, Side::right>(in, 0, padded<Engine, Side::right>(rows), depth, depth, panel);
-  }
-  template <class From>
-  __attribute__((noinline)) static void left_columns(const Rows<From>& in, int64_t columns, int64_t depth,
-                                                     float* panel) {
-    pack_columns<Engine, Side::left>(in, 0, padded<Engine, Side::left>(columns), depth, depth, panel);
-  }
-  template <class From>
-  __attribute__((noinline)) static void right_columns(const Rows<From>& in, int64_t columns, int64_t depth,
-                                                      float* panel) {
-    pack_columns<Engine, Side::right>(in, 0, padded<Engine, Side::right>(columns), depth, depth, panel);
+  template <Side side, class From>
+  __attribute__((noinline)) static void pack_columns_at(const Rows<From>& in, int64_t words, int64_t panel_depth,
+                                                        float* panel) {
+    pack_columns<Engine, side>(in, 0, padded<Engine, side>(in.columns), words, panel_depth, panel);
   }
 
-  // to = factor x, or factor x y where there is a y, of columns a multiple of LANES apart.
-  Rows<float> product(const Rows<T>& x, const Rows<T>& y, float factor, float* to, int64_t to_step) const {
-    const int64_t whole = x.columns / LANES * LANES;
-    for (int64_t i = 0; i < x.rows; ++i) {
-      const T *a = x.data + i * x.step, *b = y.data + i * y.step;
-      float* row = to + i * to_step;
-      if (y.data == nullptr)
-        for (int64_t j = 0; j < whole; j += LANES) storev(row + j, factor * loadv(a + j));
-      else
-        for (int64_t j = 0; j < whole; j += LANES) storev(row + j, factor * (loadv(a + j) * loadv(b + j)));
-      for (int64_t j = whole; j < x.columns; ++j)
-        row[j] = factor * (y.data == nullptr ? load(a + j) : load(a + j) * load(b + j));
-    }
-    return {to, to_step, x.rows, x.columns};
+  static Rows<T> rows_of(const TokenMatrix& x, int64_t row, int64_t rows, int64_t n) {
+    return {row_of(x, row), x.token_step, rows, n};
   }
-  // u * grad.
-  Rows<float> gated(int64_t chunk, const Chunk& from, int64_t columns, int64_t column) const {
-    return {from.g + column, step, tokens_of(chunk), columns};
-  }
-  // Columns of M or dM.
-  Rows<float> block_of(const float* sums, int64_t e, int64_t columns) const { return {sums + e, step, S, columns}; }
-
-  // --- products of a square of tokens, of which a causal form needs the lower triangle
-
-  // c[i][j] = a_i b_j, with every sum over `words`.
-  void square_product(int64_t n, int64_t words, float* a, const float* b, float* to, bool add) const {
-    const int64_t high = p.causal ? STRIP : n;
-    for (int64_t i = 0; i < n; i += high) {
-      const int64_t count = at_most(high, n - i);
-      multiply<Engine>(count, p.causal ? i + count : n, words, at<Engine, Side::left>(a, words, i, 0), words, b, words,
-                       to + i * square, square, add);
-    }
-  }
-  // c = a b, with a[i][j] = 0 where j > i, or, turned, where j < i.
-  void triangle_times(int64_t n, int64_t columns, bool turned, float* a, float* b, float* to, int64_t to_step) const {
-    const int64_t high = p.causal ? STRIP : n;
-    for (int64_t i = 0; i < n; i += high) {
-      const int64_t count = at_most(high, n - i);
-      const int64_t first = p.causal && turned ? i / Engine::WORD : 0;
-      const int64_t last = depth_of<Engine>(p.causal && !turned ? i + count : n);
-      const float* left = at<Engine, Side::left>(a, over_tokens, i, first);
-      const float* right = at<Engine, Side::right>(b, over_tokens, 0, first);
-      multiply<Engine>(count, columns, last - first, left, over_tokens, right, over_tokens, to + i * to_step, to_step,
-                       false);
-    }
-  }
-
-  // --- passes over chunks
-
-  void scores(int64_t chunk, const Own& own) const {
-    const int64_t n = tokens_of(chunk);
-    left_rows(rows(p.q_quad, chunk, S), n, over_keys, own.left);
-    right_rows(rows(p.k_quad, chunk, S), n, over_keys, own.right);
-    square_product(n, over_keys, own.left, own.right, own.scores, false);
-  }
-
-  // From s = q k^T: the weights factor relu(s)^2, or, over their gradients, those of s. Zero where no key is seen.
-  Rows<float> weigh(int64_t n, float* grads, const Own& own) const {
-    float* to = grads == nullptr ? own.scores : grads;
-    for (int64_t i = 0; i < n; ++i)
+  // factor x, or its swish.
+  static Rows<float> copy(const TokenMatrix& x, int64_t row, int64_t rows, int64_t n, bool swish_, float factor,
+                          float* to) {
+    const int64_t step = columns(n);
+    for (int64_t r = 0; r < rows; ++r)
       for (int64_t j = 0; j < n; j += LANES) {
-        const int64_t at = i * square + j;
-        const vec s = maxv(vec{}, loadv(own.scores + at));
-        const vec value = grads == nullptr ? s * s * factor : s * loadv(grads + at) * (2 * factor);
-        storev(to + at, only_first(value, (p.causal ? i + 1 : n) - j));
+        const vec v = load_some(row_of(x, row + r) + j, n - j);
+        storev(to + r * step + j, swish_ ? swish(v) : factor * v);
       }
-    return {to, square, n, n};
+    return {to, step, rows, n};
+  }
+  static Rows<float> values_of(const MixedCall& z, const MixedChunk& m, int64_t row, float* to) {
+    return copy(m.v, row, rows_in(m, row), z.value_size, z.dim > 0, 1, to);
   }
 
-  // Panels that the linear parts read. With `all`, also the weights and what gradients need.
-  void pack_chunk(int64_t chunk, const Chunk& to, const Own& own, bool all) const {
-    const int64_t n = tokens_of(chunk);
-    const Rows<T> q = rows(p.q_lin, chunk, S), k = rows(p.k_lin, chunk, S);
-    left_columns(k, S, over_tokens, to.k_turned);
-    const Rows<float> weighted = product(q, {}, weight(chunk), own.floats, round_up(S, LANES));
-    if (gradients) left_columns(weighted, S, over_tokens, to.q_turned);
-    if (gradients && (all || !p.causal)) product(rows(p.grad, chunk, E), rows(p.u, chunk, E), 1, to.g, step);
-    if (!all) return;
-    left_rows(weighted, n, over_keys, to.q);
-    scores(chunk, own);
-    const Rows<float> A = weigh(n, nullptr, own);
-    left_rows(A, n, over_tokens, to.A);
-    if (!gradients) return;
-    left_rows(k, n, over_keys, to.k);
-    left_columns(A, n, over_tokens, to.A_turned);
+  // --- forward
+
+  // h for a block of rows.
+  static void project(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), N = hidden(z), d = z.dim;
+    clear(m.h, row + rows, at_most(row + BLOCK, m.tokens), N);
+    if (rows == 0) return;
+    Engine::begin();
+    pack_rows_at<L>(rows_of(m.x, row, rows, d), 0, depth(d), depth(d), w.left);
+    for (int64_t j = 0; j < N; j += Base::WIDE)
+      product(rows, at_most(Base::WIDE, N - j), d, w.left, right_at(z.in_right, depth(d), j, 0), w.sums,
+              {row_of(m.h, 0) + j, 0, m.h.token_step}, row);
+    Engine::end();
   }
 
-  // --- passes over blocks of E, from column e on
-
-  // M += k_lin^T v, or dM += weight q_lin^T (u grad), with the latter in own.right.
-  void add_to(float* sums, const float* turned, int64_t n, int64_t e, int64_t columns, const Own& own) const {
-    multiply<Engine>(S, columns, depth_of<Engine>(n), turned, over_tokens, own.right, over_tokens, sums + e, step,
-                     true);
-  }
-
-  // own.result = A x + y M, with x in own.right.
-  void attend(float* A, bool turned, const float* y, const float* sums, int64_t n, int64_t e, int64_t columns,
-              const Own& own) const {
-    const int64_t wide = padded<Engine, Side::right>(columns);
-    right_columns(block_of(sums, e, columns), columns, over_keys, own.keys);
-    triangle_times(n, columns, turned, A, own.right, own.result, wide);
-    multiply<Engine>(n, columns, over_keys, y, over_keys, own.keys, over_keys, own.result, wide, true);
-  }
-
-  // to = x factor, or own.result where there is no factor.
-  void write_block(const TokenMatrix& to, const TokenMatrix& factor, int64_t chunk, int64_t e, int64_t columns,
-                   const Own& own) const {
-    const Rows<T> by = rows(factor, chunk, columns, e);
-    const int64_t wide = padded<Engine, Side::right>(columns), whole = columns / LANES * LANES;
-    for (int64_t i = 0; i < tokens_of(chunk); ++i) {
-      T* row = token(to, chunk * c + i) + e;
-      const float* from = own.result + i * wide;
-      const T* f = by.data + i * by.step;
-      if (by.data == nullptr)
-        for (int64_t j = 0; j < whole; j += LANES) storev(row + j, loadv(from + j));
-      else
-        for (int64_t j = 0; j < whole; j += LANES) storev(row + j, loadv(from + j) * loadv(f + j));
-      for (int64_t j = whole; j < columns; ++j) store(row + j, by.data == nullptr ? from[j] : from[j] * load(f + j));
+  static void rotate_row(const MixedCall& z, const MixedChunk& m, int64_t row) {
+    const int64_t S = z.key_size;
+    for (int64_t j = 0; j < S; j += LANES) {
+      const vec x = swish(load_some(row_of(m.h, row) + 2 * z.value_size + j, S - j));
+      const int64_t angle = row * (S / 2) + j / 2;
+      for (int i = 0; i < 4; ++i) {
+        const vec head = x * load_some(z.scale + i * S + j, S - j) + load_some(z.offset + i * S + j, S - j);
+        const vec turned = rotate_pairs(head, m.cosine + angle, m.sine + angle, (S - j) / 2, 1);
+        store_some(row_of(m.heads[i], row) + j, turned, S - j);
+      }
     }
   }
 
-  // M and dM go on changing; the chunk keeps what it has read.
-  void copy_sums(const float* from, float* to, int64_t e, int64_t columns) const {
-    for (int64_t s = 0; s < S; ++s)
-      for (int64_t j = e; j < e + columns; j += LANES) storev(to + s * step + j, loadv(from + s * step + j));
+  // The panels that other rows need; with `known`, also those for gradients.
+  static void pack(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), S = z.key_size, E = z.value_size, now = depth(rows), long_ = depth(z.chunk);
+    if (z.dim > 0)
+      for (int64_t r = row; r < row + rows; ++r) rotate_row(z, m, r);
+    const Rows<T> k = rows_of(m.heads[1], row, rows, S);
+    pack_rows_at<R>(k, row, depth(S), depth(S), m.k_right);
+    pack_columns_at<L>(rows_of(m.heads[3], row, rows, S), now, long_, left_at(m.k_turned, long_, 0, row));
+    const Rows<float> v = values_of(z, m, row, w.sums);
+    pack_columns_at<R>(v, now, deep(z), right_at(m.values, deep(z), 0, row) + depth(S) * Engine::RIGHT);
+    if (m.known == nullptr) return;
+    pack_rows_at<R>(v, columns(S) + row, depth(E), depth(E), m.known);
+    const Rows<float> q = copy(m.heads[2], row, rows, S, false, m.weight, w.heads);
+    pack_columns_at<L>(q, now, long_, left_at(m.q_turned, long_, 0, row));
+    pack_columns_at<R>(k, now, long_, right_at(m.quad_k_turned, long_, 0, row));
+    pack_columns_at<R>(rows_of(m.heads[0], row, rows, S), now, long_, right_at(m.quad_q_turned, long_, 0, row));
   }
 
-  void sum_block(int64_t first, int64_t last, int64_t e, int64_t columns, const Own& own) const {
-    for (int64_t g = first; g < last; ++g) {
-      right_columns(rows(p.v, g, columns, e), columns, over_tokens, own.right);
-      add_to(M, chunks[g - first].k_turned, tokens_of(g), e, columns, own);
-      if (!gradients || p.causal) continue;
-      right_columns(gated(g, chunks[g - first], columns, e), columns, over_tokens, own.right);
-      add_to(dM, chunks[g - first].q_turned, tokens_of(g), e, columns, own);
+  // COLUMNS of M or dM: writes them where the chunk reads them, and adds what the chunk adds.
+  static void scan(const MixedCall& z, const MixedChunk& m, const MixedSums& s, int64_t e, bool read, bool add) {
+    const int64_t S = z.key_size, E = z.value_size, count = at_most(COLUMNS, E - e), step = columns(E), far = deep(z);
+    const int64_t sums_at = s.last ? depth(m.rows) : 0, tokens_at = s.last ? 0 : depth(S);
+    if (m.rows == 0) return;
+    if (read) {
+      const Rows<float> block{s.sums + e, step, S, count};
+      pack_columns_at<R>(block, depth(S), far, at<Engine, R>(s.panel, far, e, sums_at));
+      if (s.rows != nullptr) pack_rows_at<R>(block, 0, depth(count), depth(E), right_at(s.rows, depth(E), 0, e));
     }
+    if (!add) return;
+    Engine::begin();
+    multiply<Engine>(S, count, words(m.rows), s.turned, depth(z.chunk), at<Engine, R>(s.panel, far, e, tokens_at), far,
+                     s.sums + e, step, true);
+    Engine::end();
   }
 
-  void forward_block(int64_t first, int64_t last, int64_t e, int64_t columns, const Own& own) const {
-    for (int64_t g = first; g < last; ++g) {
-      const Chunk& chunk = chunks[g - first];
-      if (gradients) copy_sums(M, chunk.M, e, columns);
-      right_columns(rows(p.v, g, columns, e), columns, over_tokens, own.right);
-      if (!gradients || p.du.data != nullptr) attend(chunk.A, false, chunk.q, M, tokens_of(g), e, columns, own);
-      if (p.out.data != nullptr) write_block(p.out, p.u, g, e, columns, own);
-      if (p.du.data != nullptr) write_block(p.du, p.grad, g, e, columns, own);
-      if (p.causal && !(gradients && g == last - 1)) add_to(M, chunk.k_turned, tokens_of(g), e, columns, own);
+  // w.scores = relu(q k^T), w.wide = A, and w.sums = A v + w q_lin M for a block of rows.
+  static void sum_values(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), S = z.key_size, E = z.value_size, step = square(z);
+    const int64_t count = seen(z, m, row);
+    pack_rows_at<L>(rows_of(m.heads[0], row, rows, S), 0, depth(S), depth(S), w.left);
+    multiply<Engine>(rows, count, words(S), w.left, depth(S), m.k_right, depth(S), w.scores, step, false);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; j += LANES) {
+        const int64_t at = r * step + j, visible = z.causal ? row + r + 1 : m.rows;
+        const vec s = only_first(maxv(vec{}, loadv(w.scores + at)), visible - j);  // this way round NaN stays NaN
+        storev(w.scores + at, s);
+        storev(w.wide + at, s * s * z.factor);
+      }
+    pack_rows_at<L>(copy(m.heads[2], row, rows, S, false, m.weight, w.heads), 0, depth(S), deep(z), w.left);
+    pack_rows_at<L>(Rows<float>{w.wide, step, rows, count}, 0, depth(count), deep(z),
+                    at<Engine, L>(w.left, deep(z), 0, depth(S)));
+    multiply<Engine>(rows, E, depth(S) + words(count), w.left, deep(z), m.values, deep(z), w.sums, columns(E), false);
+  }
+
+  static void attend(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), E = z.value_size, step = columns(E), width = z.dim > 0 ? z.dim : E;
+    clear(m.out, row + rows, at_most(row + BLOCK, m.tokens), width);
+    if (rows == 0) return;
+    Engine::begin();
+    sum_values(z, m, w, row);
+    for (int64_t r = 0; r < rows && m.u.data != nullptr; ++r)
+      for (int64_t e = 0; e < E; e += LANES) {
+        const vec u = load_some(row_of(m.u, row + r) + e, E - e);
+        float* sum = w.sums + r * step + e;
+        storev(sum, loadv(sum) * (z.dim > 0 ? swish(u) : u));
+      }
+    if (z.dim > 0) {
+      pack_rows_at<L>(Rows<float>{w.sums, step, rows, E}, 0, depth(E), depth(E), w.left);
+      product(rows, z.dim, E, w.left, z.out_right, w.sums, m.out, row);
+    } else {
+      store_rows(w.sums, step, m.out, row, rows, E);
     }
+    Engine::end();
   }
 
-  void backward_block(int64_t first, int64_t last, int64_t e, int64_t columns, const Own& own) const {
-    for (int64_t g = last; g-- > first;) {
-      const Chunk& chunk = chunks[g - first];
-      copy_sums(dM, chunk.dM, e, columns);
-      right_columns(gated(g, chunk, columns, e), columns, over_tokens, own.right);
-      attend(chunk.A_turned, true, chunk.k, dM, tokens_of(g), e, columns, own);
-      write_block(p.dv, {}, g, e, columns, own);
-      if (p.causal) add_to(dM, chunk.q_turned, tokens_of(g), e, columns, own);
+  // --- backward
+
+  // g = grad w_out.
+  static void project_grad(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row);
+    if (rows == 0) return;
+    Engine::begin();
+    pack_rows_at<L>(rows_of(m.grad, row, rows, z.dim), 0, depth(z.dim), depth(z.dim), w.left);
+    product(rows, z.value_size, z.dim, w.left, z.out_turned, w.sums, m.g, row);
+    Engine::end();
+  }
+
+  // u * g, for dM alone.
+  static void pack_grad(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), E = z.value_size, step = columns(E);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t e = 0; e < E; e += LANES) {
+        vec g = load_some(row_of(m.g, row + r) + e, E - e);
+        if (m.u.data != nullptr) {
+          const vec u = load_some(row_of(m.u, row + r) + e, E - e);
+          g *= z.dim > 0 ? swish(u) : u;
+        }
+        storev(w.more + r * step + e, g);
+      }
+    pack_columns_at<R>(Rows<float>{w.more, step, rows, E}, depth(rows), deep(z), right_at(m.grads, deep(z), 0, row));
+  }
+
+  static void store_heads(const MixedCall& z, const MixedChunk& m, int64_t head, int64_t row, int64_t rows,
+                          float factor, const float* from, int64_t from_step) {
+    const int64_t step = columns(z.key_size);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < z.key_size; j += LANES)
+        storev(m.dheads + (head * z.chunk + row + r) * step + j, factor * loadv(from + r * from_step + j));
+  }
+
+  // From g of a block of rows: what comes of it for u, w_out and both q, and the panels that its keys need.
+  static void row_gradients(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), S = z.key_size, E = z.value_size, step = columns(E), now = depth(rows);
+    const int64_t count = seen(z, m, row), heads = columns(S), long_ = depth(z.chunk), far = deep(z);
+    if (rows == 0) return;
+    Engine::begin();
+    sum_values(z, m, w, row);
+    pack_columns_at<L>(Rows<float>{w.wide, square(z), rows, count}, now, far, left_at(m.weights_turned, far, 0, row));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t e = 0; e < E; e += LANES) {
+        float* sum = w.sums + r * step + e;
+        const vec attended = loadv(sum), g = load_some(row_of(m.g, row + r) + e, E - e);
+        vec u = splat(1);
+        if (m.u.data != nullptr) u = load_some(row_of(m.u, row + r) + e, E - e);
+        if (z.dim > 0) {
+          const vec sigma = sigmoid(u);
+          u *= sigma;
+          store_some(m.dh + (row + r) * hidden(z) + e, g * attended * (sigma + u * (1.0f - sigma)), E - e);
+          storev(sum, u * attended);
+        } else if (m.u.data != nullptr) {
+          store_some(row_of(m.du, row + r) + e, g * attended, E - e);
+        }
+        storev(w.more + r * step + e, u * g);
+      }
+    if (z.dim > 0) {
+      const int64_t word = m.word + row / Engine::WORD;
+      const Rows<float> gated{w.sums, step, rows, E};
+      pack_columns_at<R>(gated, now, z.turned, at<Engine, R>(z.gated_turned, z.turned, 0, word));
+      const Rows<T> grad = rows_of(m.grad, row, rows, z.dim);
+      pack_columns_at<L>(grad, now, z.turned, at<Engine, L>(z.grad_turned, z.turned, 0, word));
     }
+    const Rows<float> g{w.more, step, rows, E};
+    pack_columns_at<R>(g, now, far, right_at(m.grads, far, 0, row));
+    pack_rows_at<L>(g, 0, depth(E), depth(E), w.left);
+    const int64_t wide = heads + columns(z.chunk);
+    multiply<Engine>(rows, heads + count, words(E), w.left, depth(E), m.known, depth(E), w.wide, wide, false);
+    store_heads(z, m, 2, row, rows, m.weight, w.wide, wide);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; j += LANES) {
+        float* s = w.scores + r * square(z) + j;
+        const vec slope = loadv(s) * loadv(w.wide + r * wide + heads + j) * (2 * z.factor);
+        storev(s, only_first(slope, (z.causal ? row + r + 1 : m.rows) - j));
+      }
+    const Rows<float> slopes{w.scores, square(z), rows, count};
+    pack_columns_at<L>(slopes, now, long_, left_at(m.slopes_turned, long_, 0, row));
+    pack_rows_at<L>(slopes, 0, depth(count), long_, w.left);
+    multiply<Engine>(rows, S, words(count), w.left, long_, m.quad_k_turned, long_, w.wide, heads, false);
+    store_heads(z, m, 0, row, rows, 1, w.wide, heads);
+    Engine::end();
   }
 
-  // --- the last pass of gradients, over chunks
-
-  void write_keys(const TokenMatrix& to, int64_t chunk, float factor, bool turned, const float* from,
-                  int64_t from_step) const {
-    for (int64_t i = 0; i < tokens_of(chunk); ++i) {
-      T* row = token(to, chunk * c + i);
-      for (int64_t s = 0; s < S; ++s) store(row + s, factor * from[turned ? s * from_step + i : i * from_step + s]);
-    }
-  }
-
-  void key_gradients(int64_t g, const Chunk& chunk, const Own& own) const {
-    const int64_t n = tokens_of(g), keys = padded<Engine, Side::right>(S);
-    for (int64_t e = 0; e < E; e += BLOCK) {
-      const int64_t columns = at_most(BLOCK, E - e), deep = depth_of<Engine>(columns);
-      left_rows(gated(g, chunk, columns, e), n, deep, own.left);
-      right_rows(rows(p.v, g, columns, e), n, deep, own.right);
-      right_rows(block_of(chunk.M, e, columns), S, deep, own.keys);
-      left_rows(block_of(chunk.dM, e, columns), S, deep, own.values);
-      square_product(n, deep, own.left, own.right, own.grads, e > 0);
-      multiply<Engine>(n, S, deep, own.left, deep, own.keys, deep, own.result, keys, e > 0);
-      multiply<Engine>(S, n, deep, own.values, deep, own.right, deep, own.turned, square, e > 0);
-    }
-    write_keys(p.dq_lin, g, weight(g), false, own.result, keys);
-    write_keys(p.dk_lin, g, 1, true, own.turned, square);
-
-    scores(g, own);
-    const Rows<float> dS = weigh(n, own.grads, own);
-    left_rows(dS, n, over_tokens, own.left);
-    right_columns(rows(p.k_quad, g, S), S, over_tokens, own.right);
-    triangle_times(n, S, false, own.left, own.right, own.result, keys);
-    write_keys(p.dq_quad, g, 1, false, own.result, keys);
-    left_columns(dS, n, over_tokens, own.left);
-    right_columns(rows(p.q_quad, g, S), S, over_tokens, own.right);
-    triangle_times(n, S, true, own.left, own.right, own.result, keys);
-    write_keys(p.dk_quad, g, 1, false, own.result, keys);
-  }
-
-  // --- the whole
-
-  template <class Body>
-  void share(int64_t count, int threads, const Body& body) const {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#ifdef _OPENMP
-      const Own own = own_of(threads > 1 ? omp_get_thread_num() : 0);
-#else
-      const Own own = own_of(0);
-#endif
+  // A block of keys: dv and both dk, and so all of dh.
+  static void key_gradients(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row) {
+    const int64_t rows = rows_in(m, row), S = z.key_size, E = z.value_size, step = columns(E), heads = columns(S);
+    const int64_t long_ = depth(z.chunk), far = deep(z), first = z.causal ? row : 0, end = depth(m.rows);
+    const int64_t queries = end - first / Engine::WORD;
+    if (rows > 0) {
       Engine::begin();
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < count; ++i) body(i, own);
+      const Rows<T> k = rows_of(m.heads[3], row, rows, S);
+      pack_rows_at<L>(k, 0, depth(S), far, at<Engine, L>(m.weights_turned, far, row, end));
+      multiply<Engine>(rows, E, queries + words(S), left_at(m.weights_turned, far, row, first), far,
+                       right_at(m.grads, far, 0, first), far, w.sums, step, false);
+      pack_rows_at<L>(values_of(z, m, row, w.more), 0, depth(E), depth(E), w.left);
+      multiply<Engine>(rows, S, words(E), w.left, depth(E), m.back, depth(E), w.wide, heads, false);
+      store_heads(z, m, 3, row, rows, 1, w.wide, heads);
+      multiply<Engine>(rows, S, queries, left_at(m.slopes_turned, long_, row, first), long_,
+                       right_at(m.quad_q_turned, long_, 0, first), long_, w.wide, heads, false);
+      store_heads(z, m, 1, row, rows, 1, w.wide, heads);
       Engine::end();
     }
+    const int64_t stop = at_most(row + BLOCK, m.tokens);
+    if (z.dim > 0) return finish(z, m, w, row, rows, stop);
+    store_rows(w.sums, step, m.dv, row, rows, E);
+    clear(m.dv, row + rows, stop, E);
+    clear(m.du, row + rows, stop, E);
+    for (int i = 0; i < 4; ++i) {
+      store_rows(m.dheads + (i * z.chunk + row) * heads, heads, m.dheads_out[i], row, rows, S);
+      clear(m.dheads_out[i], row + rows, stop, S);
+    }
   }
 
-  // Blocks of E, at least one a thread where there are enough columns.
-  template <class Body>
-  void share_blocks(int threads, const Body& body) const {
-    int64_t size = round_up((E + threads - 1) / threads, 96);
-    size = at_most(size, BLOCK);
-    share((E + size - 1) / size, threads,
-          [&](int64_t i, const Own& own) { body(i * size, at_most(size, E - i * size), own); });
-  }
-
-  void read_sums(const float* from, float* sums) const {
-    for (int64_t s = 0; s < padded<Engine, Side::left>(S); ++s)
-      for (int64_t e = 0; e < step; ++e)
-        sums[s * step + e] = from != nullptr && s < S && e < E ? from[(b * S + s) * E + e] : 0;
-  }
-  void write_sums(const float* sums, float* to) const {
-    if (to == nullptr) return;
-    for (int64_t s = 0; s < S; ++s) __builtin_memcpy(to + (b * S + s) * E, sums + s * step, 4 * E);
-  }
-
-  void clear_padding() const {
-    const TokenMatrix all[] = {p.dq_quad, p.dk_quad, p.dq_lin, p.dk_lin, p.dv, p.du, p.out};
-    for (int i = 0; i < 7; ++i)
-      for (int64_t t = length; t < p.tokens && all[i].data != nullptr; ++t)
-        __builtin_memset(token(all[i], t), 0, (i < 4 ? S : E) * sizeof(T));
-  }
-
-  void run(int threads) const {
-    const int64_t last_chunk = (length + c - 1) / c;
-    const auto each_segment = [&](bool reverse, const auto& body) {
-      for (int64_t i = 0; i < segments; ++i) {
-        const int64_t s = reverse ? segments - 1 - i : i, first = s * segment;
-        const int64_t last = at_most(first + segment, last_chunk);
-        if (first < last) body(s, first, last);
+  // The rest of dh from w.sums = dv and the heads' gradients; then dx = dh w_in, and what w_in needs.
+  static void finish(const MixedCall& z, const MixedChunk& m, MixedWork& w, int64_t row, int64_t rows, int64_t stop) {
+    const int64_t S = z.key_size, E = z.value_size, N = hidden(z), d = z.dim, now = depth(rows);
+    float* affine = m.affine + row / BLOCK * 8 * S;
+    fill(affine, 8 * S, 0);
+    for (int64_t r = row; r < row + rows; ++r) {
+      float* dh = m.dh + r * N;
+      const T* h = row_of(m.h, r);
+      for (int64_t e = 0; e < E; e += LANES) {
+        const vec dv = loadv(w.sums + (r - row) * columns(E) + e);
+        store_some(dh + E + e, dv * swish_slope(load_some(h + E + e, E - e)), E - e);
       }
-    };
-    const auto pack = [&](int64_t first, int64_t last, bool all) {
-      share(last - first, threads,
-            [&](int64_t i, const Own& own) { pack_chunk(first + i, chunks[i], own, all); });
-    };
-    const int64_t sums = padded<Engine, Side::left>(S) * step;
-    read_sums(p.before, M);
-    if (gradients) read_sums(p.dafter, dM);
+      for (int64_t j = 0; j < S; j += LANES) {
+        const vec before = load_some(h + 2 * E + j, S - j), active = swish(before);
+        const float *c = m.cosine + r * (S / 2) + j / 2, *sn = m.sine + r * (S / 2) + j / 2;
+        vec dz{};
+        for (int i = 0; i < 4; ++i) {
+          const vec dhead = load_some(m.dheads + (i * z.chunk + r) * columns(S) + j, S - j);
+          const vec turned_back = rotate_pairs(dhead, c, sn, (S - j) / 2, -1);
+          dz += turned_back * load_some(z.scale + i * S + j, S - j);
+          float *scale = affine + i * S + j, *offset = affine + (4 + i) * S + j;
+          store_some(scale, load_some(scale, S - j) + turned_back * active, S - j);
+          store_some(offset, load_some(offset, S - j) + turned_back, S - j);
+        }
+        store_some(dh + 2 * E + j, dz * swish_slope(before), S - j);
+      }
+    }
+    if (rows > 0) {
+      const Rows<float> dh{m.dh + row * N, N, rows, N};
+      const int64_t word = m.word + row / Engine::WORD;
+      Engine::begin();
+      pack_rows_at<L>(dh, 0, depth(N), depth(N), w.left);
+      product(rows, d, N, w.left, z.in_turned, w.sums, m.dx, row);
+      Engine::end();
+      pack_columns_at<L>(dh, now, z.turned, at<Engine, L>(z.dh_turned, z.turned, 0, word));
+      pack_columns_at<R>(rows_of(m.x, row, rows, d), now, z.turned, at<Engine, R>(z.x_turned, z.turned, 0, word));
+    }
+    clear(m.dx, row + rows, stop, d);
+  }
 
-    if (!p.causal || gradients)
-      each_segment(false, [&](int64_t s, int64_t first, int64_t last) {
-        if (p.causal) __builtin_memcpy(starts + s * sums, M, 4 * sums);
-        if (p.causal && last == last_chunk) return;
-        pack(first, last, false);
-        share_blocks(threads, [&](int64_t e, int64_t columns, const Own& own) {
-          sum_block(first, last, e, columns, own);
-        });
-      });
-    each_segment(gradients, [&](int64_t s, int64_t first, int64_t last) {
-      pack(first, last, true);
-      if (starts != nullptr) __builtin_memcpy(M, starts + s * sums, 4 * sums);
-      share_blocks(threads, [&](int64_t e, int64_t columns, const Own& own) {
-        forward_block(first, last, e, columns, own);
-        if (gradients) backward_block(first, last, e, columns, own);
-      });
-      if (gradients)
-        share(last - first, threads, [&](int64_t i, const Own& own) { key_gradients(first + i, chunks[i], own); });
-    });
-    write_sums(M, p.after);
-    if (gradients) write_sums(dM, p.dbefore);
-    clear_padding();
+  static void add_product(int64_t row, int64_t rows, int64_t n, MixedWords depth, float* left, float* right,
+                          float* sums) {
+    Engine::begin();
+    multiply<Engine>(rows, n, depth.last - depth.first, at<Engine, L>(left, depth.all, row, depth.first), depth.all,
+                     at<Engine, R>(right, depth.all, 0, depth.first), depth.all, sums + row * columns(n), columns(n),
+                     true);
+    Engine::end();
+  }
+
+  static MixedKernels kernels() {
+    return {BLOCK, COLUMNS, Base::WIDE, Base::left_floats, Base::right_floats, columns, depth,
+            Base::pack_weight, project, pack, scan, attend, project_grad, pack_grad, row_gradients, key_gradients,
+            add_product};
   }
 };
 
-template <class Engine, class T>
-static int64_t mixed_chunk_of(const MixedChunkParams& p, int64_t b, int threads, float* memory) {
-  const MixedChunk<Engine, T> sample(p, b, threads, memory);
-  if (memory != nullptr) sample.run(threads);
-  return sample.floats;
-}
-
-// The floats of memory that a sample needs; with memory, also computes it.
-static int64_t mixed_chunk_sample(const MixedChunkParams& p, int64_t b, int threads, float* memory) {
-  if (p.type == FloatType::f32) return mixed_chunk_of<Float32, float>(p, b, threads, memory);
+static MixedKernels mixed_kernels(FloatType type, MatrixUnit unit) {
 #if SUPY_LANES == 16
-  if (p.unit == MatrixUnit::tiles) return mixed_chunk_of<Bfloat16Tiles, bf16>(p, b, threads, memory);
-  if (p.unit == MatrixUnit::pairs) return mixed_chunk_of<Bfloat16Pairs, bf16>(p, b, threads, memory);
+  if (type == FloatType::bf16 && unit == MatrixUnit::tiles) return Mixed<Bfloat16Tiles, bf16>::kernels();
+  if (type == FloatType::bf16 && unit == MatrixUnit::pairs) return Mixed<Bfloat16Pairs, bf16>::kernels();
 #endif
-  return mixed_chunk_of<Float32, bf16>(p, b, threads, memory);
+  (void)unit;
+  return type == FloatType::bf16 ? Mixed<Float32, bf16>::kernels() : Mixed<Float32, float>::kernels();
 }

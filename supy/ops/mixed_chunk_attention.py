@@ -22,6 +22,11 @@ NORMALIZERS = ("tokens", "chunk_size", "chunks")
 _NAMES = ("q_quad", "k_quad", "q_lin", "k_lin")
 _TENSORS = "Tensor q_quad, Tensor k_quad, Tensor q_lin, Tensor k_lin, Tensor v, Tensor? u, Tensor? lengths"
 OPTIONS = "int chunk_size, bool causal, str normalizer"
+_SEGMENT = 512  # tokens that the CPU's kernels work on at once, in 1 to 32 chunks
+
+
+def segment_of(chunk_size: int) -> int:
+    return min(max(_SEGMENT // chunk_size, 1), 32) * chunk_size
 
 
 def chunk_weights(x, lengths, chunk_size, causal, normalizer):
@@ -37,8 +42,8 @@ def _cpp(q_quad, k_quad, q_lin, k_lin, v, u, *options):
         return reference.mixed_chunk_attention(q_quad, k_quad, q_lin, k_lin, v, u, *options)
     inputs = [unit_stride(x) for x in (q_quad, k_quad, q_lin, k_lin, v, u) if x is not None]
     out = v.new_empty(v.shape)
-    weights = chunk_weights(v, *options)
-    _extension.C.mixed_chunk_attention(inputs, lengths, weights, chunk_size, causal, out, None, None, None)
+    sizes = chunk_size, segment_of(chunk_size)
+    _extension.C.mixed_chunk_attention(inputs, None, lengths, chunk_weights(v, *options), *sizes, causal, [out])
     return out
 
 
@@ -46,12 +51,10 @@ def _cpp_backward(grad, *arguments):
     inputs, (lengths, chunk_size, causal, _) = arguments[:6], arguments[6:]
     if grad.numel() == 0 or inputs[0].numel() == 0:
         return reference.mixed_chunk_attention_backward(grad, *arguments)
-    weights = chunk_weights(grad, *arguments[6:])
     grads = _fake_backward(grad, *inputs)
     given = [unit_stride(x) for x in inputs if x is not None]
-    _extension.C.mixed_chunk_attention_backward(
-        unit_stride(grad), given, lengths, weights, chunk_size, causal, grads[: len(given)], None, None, None, None
-    )
+    options = lengths, chunk_weights(grad, *arguments[6:]), chunk_size, segment_of(chunk_size), causal
+    _extension.C.mixed_chunk_attention(given, unit_stride(grad), *options, grads[: len(given)])
     return grads
 
 
