@@ -17,7 +17,7 @@ from ceilings import copy_rate, gemm_rate
 import supy
 
 RESULTS = pytest.StashKey[list]()
-PACKAGES = ("torch", "triton", "rotary-embedding-torch", "FLASH-pytorch", "networkx", "igraph")
+PACKAGES = ("torch", "triton", "rotary-embedding-torch", "FLASH-pytorch", "networkx", "igraph", "diffusers")
 
 
 def pytest_addoption(parser):

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import diffusion_steps
 import gated_attention
 import graphs
 import mixed_chunk
@@ -126,6 +127,49 @@ def _mixed_chunk_row(T, training, dtype=torch.float32):
         dtype=dtype,
         gradients=training,
     )
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+def _normal_row(count):
+    return Row(
+        "philox_normal",
+        f"[{count}] float32",
+        lambda: (torch.empty(count),),
+        {
+            "supy": lambda out: supy.ops.philox_normal(count, 7),
+            "supy out=": lambda out: supy.ops.philox_normal(count, 7, out=out),
+            "torch.randn": lambda out: torch.randn(count, device=out.device),
+            "normal_": lambda out: out.normal_(),
+        },
+        bytes=4 * count,
+    )
+
+
+def _diffusion_row(operator, case, batch, implementations, exact, tensors, unlike=()):
+    return Row(
+        operator,
+        f"[{batch}, 3, 128, 128] float32, {case}",
+        lambda: diffusion_steps.inputs(batch),
+        implementations,
+        exact=exact,
+        bytes=tensors * 4 * batch * 3 * 128 * 128,
+        unlike=unlike,
+    )
+
+
+def _diffusion_rows(batch):
+    d = diffusion_steps
+    others = {"in place, normal_": d.ddpm_by_hand, "diffusers": d.diffusers_ddpm}
+    others |= {"posterior, randn": d.ddpm_by_posterior}
+    steps = {"supy": d.ddpm, "supy out=": d.ddpm_in_place} | others
+    yield _diffusion_row("ddpm_step", "noise, clipped", batch, steps, d.ddpm_exact, 3, tuple(others))
+    plain = {"eager": d.ddim_plain, "torch.compile": compiled(d.ddim_plain), "diffusers": d.diffusers_ddim}
+    yield _diffusion_row("ddim_step", "eta = 0", batch, {"supy": d.ddim} | plain, d.ddim_plain, 3)
+    plain = {"eager": d.add_noise_plain, "torch.compile": compiled(d.add_noise_plain)}
+    plain |= {"diffusers": d.diffusers_add_noise}
+    yield _diffusion_row("ddpm_add_noise", "noise given", batch, {"supy": d.add_noise} | plain, d.add_noise_plain, 3)
 
 
 # --- the cost of a call -----------------------------------------------------------------------------------------------
@@ -440,5 +484,7 @@ ROWS = [
     _mixed_chunk_row(4096, training=True),
     _mixed_chunk_row(16384, training=True),
     _mixed_chunk_row(4096, training=True, dtype=torch.bfloat16),
+    _normal_row(2**24),
+    *(row for batch in (1, 8, 64) for row in _diffusion_rows(batch)),
     # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]

@@ -88,6 +88,26 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted = before
 
 
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether the dispatcher would do no more than call the C++ kernel of these tensors.
+
+    A small operator calls it at once then, for the dispatcher takes longer than 10,000 numbers.
+    """
+    if _wanted is not None or _extension.C is None or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    records = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.is_neg():
+            return False
+        if records and tensor.requires_grad:
+            return False
+    return True
+
+
 def define(
     schema: str,
     reference: Callable,
@@ -98,16 +118,18 @@ def define(
 ) -> Callable:
     """Registers an operator and returns it: ``torch.ops.supy.<name>``.
 
-    An operator without a gradient raises when one is asked of it, instead of silently giving none.
+    An operator without a gradient raises when one is asked of it, instead of silently giving none. One that
+    writes into an argument, "Tensor(a!)", can have none; its public function refuses what requires one.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     torch.library.register_fake(f"supy::{name}", fake, lib=_library)
     if gradient is None:
         gradient = Gradient(_save_nothing, _no_gradient(name))
-    torch.library.register_autograd(
-        f"supy::{name}", gradient.backward, setup_context=gradient.save, lib=_library
-    )
+    if "!" not in schema:
+        torch.library.register_autograd(
+            f"supy::{name}", gradient.backward, setup_context=gradient.save, lib=_library
+        )
     _library.impl(name, _route(name, reference, kernels, None), "CompositeExplicitAutograd")
     for device in dict.fromkeys(kernel.device for kernel in kernels):
         _library.impl(name, _route(name, reference, kernels, device), device)

@@ -25,7 +25,7 @@ def info() -> str:
             f"native kernels: {build['compiler']}, {'OpenMP' if build['openmp'] else 'one thread'}, "
             f"{build['instruction_set']}, {cuda}; {torch.get_num_threads()} threads"
         )
-    public = {name: op for name, op in OPERATORS.items() if not name.endswith("_backward")}
+    public = {name: op for name, op in OPERATORS.items() if not name.endswith(("_backward", "_out", "_limits"))}
     width = max(map(len, public), default=0)
     lines += ["", f"{'operator':{width}}  gradient  reference  cpp      cuda     triton"]
     notes: dict[str, None] = {}

@@ -103,6 +103,26 @@ def _tasks(form):
     return lambda B, T, dtype: ([*_floats(dtype, (B, T, 3)), torch.rand(B, T, 3).to(dtype)], {"form": form})
 
 
+def _steps(count, **options):
+    """``count`` tensors; an option that is None is a coefficient a sample."""
+
+    def make(B, T, dtype):
+        tensors = _floats(dtype, *[(B, T, 3)] * count)
+        table = torch.linspace(0.3, 0.7, B, dtype=torch.float64)
+        return tensors, {x: table if value is None else value for x, value in options.items()}
+
+    return make
+
+
+def _step_out(B, T, dtype):
+    x, eps, out = _floats(dtype, *[(B, T, 3)] * 3)
+    return [x, eps], {"alpha": 0.9, "beta": 0.4, "beta_bar": 0.6, "sigma": 0.3, "seed": 1, "out": out}
+
+
+def _normals(B, T, dtype):
+    return [torch.zeros(B, T, dtype=dtype)], {"seed": 1, "offset": 7 * T + 1}
+
+
 def _edges(G, T):
     return torch.randint(max(T, 1), (3 * G * T, 2))
 
@@ -117,6 +137,14 @@ def _graphs(B, T, dtype):
 
 TABLE = {
     "batched_maximal_cliques": Row(_graphs, differentiable=False),
+    "ddim_step": Row(_steps(2, alpha_bar=None, alpha_bar_prev=0.8)),
+    "ddim_step clipped": Row(_steps(2, alpha_bar=None, alpha_bar_prev=0.8, eta=1.0, seed=1, clip=0.3)),
+    "ddim_step threshold": Row(
+        _steps(2, alpha_bar=0.5, alpha_bar_prev=0.8, threshold=0.9, clip=0.3), checks_gradient=False
+    ),
+    "ddpm_add_noise": Row(_steps(1, alpha_bar=None, beta_bar=0.8, seed=1)),
+    "ddpm_step": Row(_steps(2, alpha=0.9, beta=0.4, beta_bar=None, sigma=0.3, seed=1, offset=3)),
+    "ddpm_step out": Row(_step_out, differentiable=False),
     "efficient_global_pointer_loss": Row(_efficient(loss=True)),
     "efficient_global_pointer_scores": Row(
         _efficient(loss=False), any_order=True, checks_gradient=False
@@ -139,6 +167,7 @@ TABLE = {
     "multilabel_cross_entropy": Row(_dense_targets),
     "multitask_cross_entropy": Row(_tasks("hard")),
     "multitask_cross_entropy soft": Row(_tasks("soft")),
+    "philox_normal": Row(_normals, differentiable=False),
     "rotary": Row(lambda B, T, dtype: (_floats(dtype, (B, T, 6)), {}), any_order=True),
     "sparse_multilabel_cross_entropy": Row(_sparse_targets),
 }
@@ -146,7 +175,16 @@ TABLE = {
 every_operator = pytest.mark.parametrize("name", TABLE)
 
 
+def _normals_like(x, **keywords):
+    out = x.clone() if isinstance(x, torch.Tensor) else x
+    return supy.ops.philox_normal(getattr(x, "shape", ()), out=out, **keywords)
+
+
 def _function(name):
+    if name == "ddpm_add_noise":
+        return lambda *tensors, **keywords: supy.ops.ddpm_add_noise(*tensors, **keywords)[0]
+    if name == "philox_normal":
+        return _normals_like
     return getattr(supy.ops, name.split()[0])
 
 
@@ -218,8 +256,9 @@ def test_opcheck(name):
 
 
 @every_operator
-def test_compile(name):
+def test_compile(name, monkeypatch):
     """No graph break, and no new graph for the later lengths: no check of an argument specialises on a size."""
+    monkeypatch.undo()  # Dynamo cannot look into what poisons fresh memory
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_function(name), fullgraph=True, backend=backend)

@@ -145,6 +145,26 @@ def _mixed():
         yield _tile("mixed_chunk_attention", "memories", dtype, {}, **sizes)
 
 
+_STEP_TYPES = (
+    dict.fromkeys("x eps noise out made_noise grad dx deps dnoise".split(), "{0}")
+    | dict.fromkeys(("table", "limits"), "*fp32")
+    | dict.fromkeys("clip rest w_x w_eps w_x0 w_noise x_to_x0 eps_to_x0".split(), "fp32")
+    | dict.fromkeys(("seed", "first"), "i64")
+)
+
+
+def _steps():
+    """All that a step can do at once, and the least."""
+    for dtype in ("*fp32", "*bf16", "*fp16"):
+        for rich in (True, False):
+            names = "EPS SEEDED MADE CLIPPED TABLE LIMITS X NOISE".split()
+            for kernel in ("normal", "step", "backward", "limits"):
+                arguments = getattr(importlib.import_module("supy.kernels.ddpm_steps"), f"{kernel}_kernel").arg_names
+                constants = {x: rich for x in names if x in arguments} | {"BLOCK": 1024}
+                types = {x: _STEP_TYPES.get(x, INTEGER).format(dtype) for x in arguments if x not in constants}
+                yield "ddpm_steps", f"{kernel}_kernel", (types, constants)
+
+
 # A row: module of supy.kernels, kernel, (type of each argument that is no constant, constants, launch options if any).
 # ":16" after a type: a pointer or number that 16 divides.
 KERNELS = [
@@ -198,6 +218,7 @@ KERNELS = [
             ({"scores": "*fp16", "targets": "*u8", "ds": "*fp16"}, {"HARD": False, "TASKS": 64, "BLOCK": 16}),
         )
     ),
+    *_steps(),
     *_pointers(),
     *_gaus(),
     *_mixed(),

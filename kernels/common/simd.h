@@ -57,6 +57,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// float16 as its bits.
+struct f16 {
+  uint16_t bits;
+};
+
 enum class FloatType { f32, bf16 };
 
 // What multiplies matrices of bfloat16: avx512_bf16 (pairs), amx_bf16 (tiles), or the units for float32 after a conversion.

@@ -34,6 +34,25 @@ static inline void storev(bf16* p, vec v) {  // as round_to_bf16
   __builtin_memcpy(p, &upper, sizeof upper);
 }
 
+// float16 is float32 with 5 bits of exponent, of bias 15, and 10 of mantissa; integers do it on any processor.
+static inline vec loadv(const f16* p) {
+  halves v;
+  __builtin_memcpy(&v, p, sizeof v);
+  const uvec word = __builtin_convertvector(v, uvec), magnitude = (word & 0x7fff) << 13;
+  const uvec finite = (uvec)((vec)magnitude * 0x1p112f);  // also what is below the least normal number
+  return (vec)((magnitude >= 0x0f800000 ? magnitude + 0x70000000 : finite) | (word & 0x8000) << 16);
+}
+static inline void storev(f16* p, vec v) {  // to the nearest, to even
+  const uvec word = (uvec)v, magnitude = word & 0x7fffffff;
+  const uvec normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+  const uvec small = (uvec)((vec)magnitude + 0.5f) - 0x3f000000;  // the sum rounds to multiples of 2^-24
+  uvec half = magnitude < 0x38800000 ? small : normal;
+  half = magnitude >= 0x477ff000 ? uvec{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? uvec{} + 0x7e00 : half;
+  const halves bits = __builtin_convertvector(half | (word >> 16 & 0x8000), halves);
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+
 // The first `count` numbers of a row; zeros, or nothing, beyond.
 template <class T>
 static inline vec load_some(const T* p, int64_t count) {

@@ -1,5 +1,8 @@
 """The public operators; each is documented where it is defined, in the file of its name."""
 
+from supy.ops.ddim_step import ddim_step
+from supy.ops.ddpm_add_noise import ddpm_add_noise
+from supy.ops.ddpm_step import ddpm_step
 from supy.ops.efficient_global_pointer import (
     efficient_global_pointer_loss,
     efficient_global_pointer_scores,
@@ -27,6 +30,7 @@ from supy.ops.mixed_chunk_attention import (
 from supy.ops.mixed_chunk_layer import mixed_chunk_layer
 from supy.ops.multilabel_cross_entropy import multilabel_cross_entropy
 from supy.ops.multitask_cross_entropy import multitask_cross_entropy
+from supy.ops.philox_normal import philox_normal
 from supy.ops.rotary import rotary
 from supy.ops.sparse_multilabel_cross_entropy import sparse_multilabel_cross_entropy
 
@@ -36,6 +40,9 @@ __all__ = [
     "Cliques",
     "MixedChunkState",
     "batched_maximal_cliques",
+    "ddim_step",
+    "ddpm_add_noise",
+    "ddpm_step",
     "efficient_global_pointer_loss",
     "efficient_global_pointer_scores",
     "efficient_global_pointer_spans",
@@ -50,6 +57,7 @@ __all__ = [
     "mixed_chunk_step",
     "multilabel_cross_entropy",
     "multitask_cross_entropy",
+    "philox_normal",
     "rotary",
     "sparse_multilabel_cross_entropy",
 ]
