@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 
@@ -9,6 +11,14 @@ def require(condition: bool, op: str, message: str) -> None:
     """Raises ``ValueError("supy.<op>: <message>")`` unless the condition holds."""
     if not condition:
         raise ValueError(f"supy.{op}: {message}")
+
+
+def positive(text: str) -> int:
+    """An option of a command: a number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 class Shapes:

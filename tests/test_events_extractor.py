@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from supy._checkpoint import save_model
 from supy.events import (
     TRIGGER,
     Document,
@@ -28,7 +29,6 @@ from supy.events import (
 from supy.events import batches
 from supy.events.augment import swap_arguments
 from supy.events.batches import bucketed, collate, make_windows
-from supy.events.checkpoint import save_model
 from supy.events.model import GAUEncoder, without_overlaps
 from supy.events.tokens import CharTokenizer
 

@@ -1,7 +1,6 @@
 """Event extraction: data formats, training, extraction and scores."""
 
-from supy.events.checkpoint import ModelError
-from supy.events.checkpoint import ModelError
+from supy._checkpoint import ModelError
 from supy.events.data import (
     Argument,
     DataError,

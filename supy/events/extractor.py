@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,8 +14,8 @@ from random import Random
 
 import torch
 
+from supy._checkpoint import Checkpoint, ModelError, load_model, save_model
 from supy.events.batches import THRESHOLDS, Predictor, make_windows
-from supy.events.checkpoint import Checkpoint, ModelError, load_model, save_model
 from supy.events.data import Document
 from supy.events.labels import encode
 from supy.events.metrics import evaluate
@@ -102,8 +103,10 @@ class EventExtractor:
         self._report(documents)
         checkpoint = None
         if folder is not None:
-            settings = {**self._config(), "training options": asdict(options)}
-            checkpoint = Checkpoint(Path(folder), json.loads(json.dumps(settings)), documents)
+            crc = zlib.crc32(json.dumps([asdict(d) for d in documents], ensure_ascii=False).encode())
+            data = {"training data": f"{len(documents)} documents, crc {crc:08x}"}
+            settings = {**data, **self._config(), "training options": asdict(options)}
+            checkpoint = Checkpoint(folder, json.loads(json.dumps(settings)))
         self.model = train(
             self.model,
             documents,

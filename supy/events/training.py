@@ -17,13 +17,15 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from supy._checkpoint import Checkpoint, load_optimizer, optimizer_tensors
+from supy._device import multiplies_bf16
 from supy.events.augment import swap_arguments
 from supy.events.batches import Tokenizer, bucketed, collate, make_windows
-from supy.events.checkpoint import Checkpoint
 from supy.events.data import Document
 from supy.events.labels import encode
 from supy.events.metrics import Scores
 from supy.events.model import EventModel
+from supy.optim import warm_average
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +55,7 @@ class TrainingOptions:
     seed: int = 0
 
     def use_bf16(self, device: torch.device) -> bool:
-        if self.bf16 is not None:
-            return self.bf16
-        if device.type == "cuda":
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return multiplies_bf16(device) if self.bf16 is None else self.bf16
 
 
 def train(
@@ -79,7 +77,7 @@ def train(
     """
     device = next(model.parameters()).device
     bf16 = options.use_bf16(device)
-    average = AveragedModel(model, multi_avg_fn=_warm_average(options.average)).eval()
+    average = AveragedModel(model, multi_avg_fn=warm_average(options.average)).eval()
     optimizer = torch.optim.AdamW(
         _groups(model, options.weight_decay), lr=options.learning_rate, betas=(0.9, 0.98), fused=True
     )
@@ -89,7 +87,7 @@ def train(
         tensors, state = saved
         model.load_state_dict(tensors["model"])
         average.load_state_dict(tensors["average"])
-        _load_optimizer(optimizer, tensors["optimizer"])
+        load_optimizer(optimizer, tensors["optimizer"])
         best, first = tensors["best"], state["epoch"]
         best_score, since_best = state["best_score"], state["since_best"]
         log.info("going on after epoch %d of %s", first, checkpoint.path)
@@ -149,7 +147,7 @@ def train(
                 )
         if checkpoint:
             tensors = {"model": model.state_dict(), "average": average.state_dict(), "best": best}
-            tensors["optimizer"] = _optimizer_tensors(optimizer)
+            tensors["optimizer"] = optimizer_tensors(optimizer)
             state = {"epoch": epoch, "best_score": best_score, "since_best": since_best}
             checkpoint.save(tensors, state)
 
@@ -162,18 +160,6 @@ def _schedule(done: float, warmup: float) -> float:
     if done < warmup:
         return done / warmup
     return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-def _warm_average(decay: float) -> Callable:
-    """A moving average that forgets its first steps sooner: the decay starts at 0.1."""
-
-    @torch.no_grad()
-    def update(averages, values, steps):
-        now = min(decay, (1 + float(steps)) / (10 + float(steps)))
-        for average, value in zip(averages, values, strict=True):
-            average.lerp_(value, 1 - now)
-
-    return update
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -189,16 +175,3 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def _copy(average: AveragedModel) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in average.module.state_dict().items()}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}/{key}": value for i, values in state.items() for key, value in values.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in tensors.items():
-        number, _, key = name.partition("/")
-        state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

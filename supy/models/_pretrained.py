@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from supy._checkpoint import read_tensors, write_together
 from supy._checks import require
-from supy.events.checkpoint import read_tensors, write_atomically
 
 LARGEST = 2**24  # of a size in a config, so that a hostile one is refused instead of computed with
 
@@ -54,14 +54,15 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes config.json and model.safetensors; other files, such as vocab.txt, stay as they are.
 
-        Each is written to a temporary file and then renamed.
+        A kill meanwhile leaves the old model, the new one, or a folder without config.json, but never a mixture.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous().cpu() for name, value in self._variables().items()}
-        write_atomically(folder / "model.safetensors", to_bytes(tensors, {"format": "pt"}))
         config = {"model_type": self.model_type, **asdict(self.config)}
-        write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        files = {"model.safetensors": to_bytes(tensors, {"format": "pt"})}
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        write_together({folder / name: content for name, content in files.items()})
 
     @classmethod
     def _read_config(cls, folder: Path) -> Any:
@@ -128,13 +129,21 @@ def _tensor(op: str, name: str, value: Any, shape: torch.Size) -> torch.Tensor:
 
 
 def check_config(config: Any, **limits: tuple[float, float]) -> None:
-    """Refuses a field of another type, a size below 1 or above `LARGEST`, and what is out of its ``limits``."""
+    """Refuses a field of another type, a size below 1 or above `LARGEST`, and what is out of its ``limits``.
+
+    JSON has lists for tuples: they become tuples here.
+    """
     op = type(config).__name__
     types = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for field in fields(config):
-        value = getattr(config, field.name)
-        right = isinstance(value, types[field.type]) and (field.type == "bool" or not isinstance(value, bool))
-        require(right, op, f"{field.name} is {value!r}, expected {field.type}")
-        if field.type in ("int", "float"):
-            low, high = limits.get(field.name, (1, LARGEST))
-            require(low <= value <= high, op, f"{field.name} is {value}, expected {low} to {high}")
+        value, kind = getattr(config, field.name), field.type
+        if several := kind == "tuple[int, ...]":
+            value, kind = tuple(value) if isinstance(value, (list, tuple)) else (), "int"
+            require(value, op, f"{field.name} is {getattr(config, field.name)!r}, expected one or more integers")
+            object.__setattr__(config, field.name, value)
+        for one in value if several else (value,):
+            right = isinstance(one, types[kind]) and (kind == "bool" or not isinstance(one, bool))
+            require(right, op, f"{field.name} is {value!r}, expected {field.type}")
+            if kind in ("int", "float"):
+                low, high = limits.get(field.name, (1, LARGEST))
+                require(low <= one <= high, op, f"{field.name} is {value}, expected {low} to {high}")

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from supy._checkpoint import read_tensors
 from supy._checks import require
-from supy.events.checkpoint import read_tensors
 from supy.models._pretrained import Pretrained, check_config
 from supy.models._tensorflow import read_checkpoint
 from supy.nn.gated_attention_unit import GatedAttentionUnit, gau_normal_

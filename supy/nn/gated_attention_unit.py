@@ -76,8 +76,12 @@ class GatedAttentionUnit(nn.Module):
         *,
         lengths: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """x `[B, T, dim]`; lengths int `[B]` or cu_seqlens int `[N + 1]` or neither: `[B, T, dim]`."""
+        """x `[B, T, dim]`; lengths int `[B]` or cu_seqlens int `[N + 1]` or neither: `[B, T, dim]`.
+
+        rotation: cosines and sines `[T, key_size / 2]` of each token's angles, for other positions than 0 to T - 1.
+        """
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return ops.gated_attention_unit(
             x.to(dtype),
@@ -89,4 +93,5 @@ class GatedAttentionUnit(nn.Module):
             causal=self.causal,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
+            rotation=rotation,
         )

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from supy import _extension
-from supy._checks import Shapes
+from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
 from supy.ops._arguments import NATIVE, TRITON, check_unit, default_scale, unit_stride, wants_gradient
 from supy.ops.gau_attention import OPTIONS, check_options, stats_like
@@ -97,6 +97,7 @@ def gated_attention_unit(
     cu_seqlens: torch.Tensor | None = None,
     scale: float | None = None,
     relu2_length: float | None = None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The whole gated attention unit (post 8934; arXiv 2202.10447), which :class:`supy.nn.GatedAttentionUnit` runs.
 
@@ -110,6 +111,8 @@ def gated_attention_unit(
         w_in, w_out: `[2 E + S, D]` (rows for u, v and z) and `[D, E]`, in the dtype of x; S even.
         gamma, beta: `[2, S]`, for q and k.
         kernel, causal, lengths, cu_seqlens, scale, relu2_length: as in :func:`supy.ops.gau_attention`.
+        rotation: cosine and sine, `[T, S / 2]` each, of the angles by which the pairs of q and k turn; default those of
+            :func:`supy.ops.rotary` for positions 0 to T - 1. Not differentiated.
 
     Returns:
         `[B, T, D]` in the dtype of x; 0 at and beyond a sample's length. Differentiable once in x, w_in, w_out, gamma and
@@ -127,8 +130,21 @@ def gated_attention_unit(
     shapes = Shapes(op)
     check_unit(shapes, x, w_in, w_out, gamma, beta, "2")
     relu2_length = check_options(shapes, x, "x", kernel, lengths, cu_seqlens, relu2_length)
-    table = arange_table(x, shapes["T"], shapes["S"] // 2)
+    if rotation is None:
+        rotation = arange_table(x, shapes["T"], shapes["S"] // 2)
+    else:
+        _check_rotation(shapes, x, rotation)
     tensors = x, w_in, w_out, gamma, beta
     scale = default_scale(scale, shapes["S"])
     save = wants_gradient(*tensors)
-    return _unit(*tensors, *table, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save)[0]
+    return _unit(*tensors, *rotation, lengths, cu_seqlens, kernel, causal, scale, relu2_length, save)[0]
+
+
+def _check_rotation(shapes, x, rotation):
+    pair = isinstance(rotation, (tuple, list)) and len(rotation) == 2
+    require(pair, shapes.op, f"rotation is a {type(rotation).__name__}, expected two tensors, cosine and sine")
+    shapes.sizes["S/2"], shapes.origin["S/2"] = shapes["S"] // 2, shapes.origin["S"]
+    for name, part in zip(("rotation[0]", "rotation[1]"), rotation):
+        shapes.floating(name, part)
+        shapes.match(name, part, "T S/2")
+        shapes.same_device(name, part, "x", x)

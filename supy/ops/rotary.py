@@ -93,7 +93,7 @@ def rotary(
             "rotary",
             f"positions has shape {list(positions.shape)}, expected one that broadcasts to {list(x.shape[:-1])} (from x)",
         )
-        cosine, sine = _table(positions, half, base, precise)
+        cosine, sine = position_table(positions, half, base, precise)
     if x.ndim <= 4:
         return _rotary(x, cosine, sine, interleaved, False)
     # The kernels take four axes: the others are folded into the first.
@@ -114,7 +114,7 @@ def arange_table(x: torch.Tensor, length: int, half: int, base: float = 10000.0)
     return table(length, half, base, x.device, precise)
 
 
-def _table(positions, half, base, dtype):
+def position_table(positions, half, base, dtype):
     # float64, because position * frequency in float32 is off by 1e-3 at position 10,000.
     exponent = torch.arange(half, device=positions.device, dtype=torch.float64) / max(half, 1)
     angle = positions.to(torch.float64).unsqueeze(-1) * base**-exponent
@@ -122,7 +122,7 @@ def _table(positions, half, base, dtype):
 
 
 def _arange_table(length, half, base, device, dtype):
-    return _table(torch.arange(length, device=device), half, base, dtype)
+    return position_table(torch.arange(length, device=device), half, base, dtype)
 
 
 @functools.lru_cache(maxsize=32)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-
-from supy.events.data import Document
 
 
 class ModelError(ValueError):
@@ -24,15 +19,30 @@ class ModelError(ValueError):
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file holds all of ``content`` or what it held before, even if the machine stops meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_together({path: content})
+
+
+def write_together(files: dict[Path, bytes]) -> None:
+    """Writes files that belong together, the one that is read first as the last of them.
+
+    A kill leaves all the old ones, all the new ones, or, where the last one changes, none under its name: never a
+    mixture.
+    """
+    *_, last = files
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in files.items():
+            with open(temporary[path], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if len(files) > 1 and last.exists() and last.read_bytes() != files[last]:
+            last.unlink()
+        for path in files:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -79,12 +89,14 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 class Checkpoint:
-    """The state of one training run, in one file of its folder."""
+    """The state of one training run, in one file of its folder.
 
-    def __init__(self, folder: Path, settings: dict[str, Any], documents: Sequence[Document]):
+    settings: what the run depends on, in JSON's types; a checkpoint with others is refused.
+    """
+
+    def __init__(self, folder: Path | str, settings: dict[str, Any]):
         self.path = Path(folder) / "checkpoint.safetensors"
-        data = zlib.crc32(json.dumps([asdict(d) for d in documents], ensure_ascii=False).encode())
-        self.settings = {"training data": f"{len(documents)} documents, crc {data:08x}", **settings}
+        self.settings = settings
 
     def save(self, groups: dict[str, dict[str, torch.Tensor]], progress: dict[str, Any]) -> None:
         """groups: named dictionaries of tensors."""
@@ -120,3 +132,18 @@ class Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The state of an optimiser as a group of tensors for `Checkpoint.save`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}/{key}": value for i, values in state.items() for key, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, key = name.partition("/")
+        state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
