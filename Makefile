@@ -1,4 +1,5 @@
-# make demo    sets everything up, trains an event extractor, extracts events from new sentences and scores them
+# make demo    sets everything up, trains an event extractor, extracts events from new sentences and scores them;
+#              then finds the classes of an output layer that no input can produce
 # make test    sets everything up and runs the tests
 # make bench   sets everything up and runs the benchmarks
 PYTHON ?= python3
@@ -11,6 +12,7 @@ SOURCES := $(shell find csrc kernels -type f -not -name '*.py' -not -name '*.pyc
 
 demo: $(VENV)/ready-run
 	$(RUN) examples/event_extraction.py
+	$(RUN) examples/dead_classes.py
 
 test: $(VENV)/ready-test
 	$(RUN) -m pytest -q

@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from supy._checks import positive
+from supy.argmax import commands as argmax_commands
+from supy.diffusion import commands as diffusion_commands
 from supy.events import (
     DataError,
     EncoderConfig,
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     logging.basicConfig(format="supy: %(message)s", level=logging.WARNING)
-    logging.getLogger("supy.events").setLevel(logging.INFO)
+    for pipeline in ("supy.events", "supy.diffusion"):
+        logging.getLogger(pipeline).setLevel(logging.INFO)
     try:
         return args.run(args) or 0
     except BrokenPipeError:  # the reader of our output went away, as `head` does
@@ -74,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--encoder", metavar="NAME", help="a Hugging Face model instead of the small GAU encoder")
     train.add_argument("--links", choices=["typed", "span"], default="typed",
                        help="links know the event type, or, as published, only the spans")  # fmt: skip
-    train.add_argument("--epochs", type=_positive)
-    train.add_argument("--batch-size", type=_positive)
+    train.add_argument("--epochs", type=positive)
+    train.add_argument("--batch-size", type=positive)
     train.add_argument("--learning-rate", type=float)
     train.add_argument("--seed", type=int)
     train.set_defaults(run=_train)
@@ -99,19 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="the scores as JSON")
     score.set_defaults(run=_evaluate)
     _data_options(score)
+
+    diffusion_commands.add_commands(commands)
+    argmax_commands.add_commands(commands)
     return parser
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=["fewfc", "duee"], default="fewfc")
     parser.add_argument("--skip-bad", action="store_true", help="leave out bad records, each with a warning")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def _info(args) -> None:
