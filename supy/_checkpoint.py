@@ -132,6 +132,8 @@ class Checkpoint:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
