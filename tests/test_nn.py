@@ -84,12 +84,13 @@ def test_mixed_chunk_attention_goes_token_by_token(dtype):
     x = torch.randn(3, 10, 8).to(dtype)
     state = layer.state(3)
     rows = torch.stack([layer.step(x[:, t], state) for t in range(10)], 1)
-    tolerance = {"rtol": 0.05, "atol": 0.02} if dtype == torch.bfloat16 else {}
+    # They round at different places, and each is off by one or two ulp of the largest value.
+    tolerance = {"rtol": 0, "atol": 4 * 2**-7 * layer(x).abs().max().item()} if dtype == torch.bfloat16 else {}
     torch.testing.assert_close(rows, layer(x), **tolerance)
 
     lengths = torch.tensor([0, 4, 7])  # each sample goes on where its prompt ends
     prompt, state = layer.prefill(x[:, :7], lengths=lengths)
-    assert torch.equal(prompt, layer(x[:, :7], lengths=lengths))
+    torch.testing.assert_close(prompt, layer(x[:, :7], lengths=lengths), **tolerance)
     for step in range(3):
         at = lengths + step
         row = layer.step(x[torch.arange(3), at], state)
