@@ -236,6 +236,7 @@ def test_batches_are_floats_and_mirrored():
 def test_the_tiles():
     folder = data_folder()
     if folder is None or not (folder / "images" / "dcss").is_dir():
+        # The project holds no data of others.
         pytest.skip("needs SUPY_DATA with images/dcss")
     images = read_images(folder / "images" / "dcss")
     assert images.pixels.shape == (2418, 3, 32, 32)

@@ -117,7 +117,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
         for n in (1, 4)
     )
     for name in one:
-        assert torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-6), name  # sums in another order
+        assert torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-6), name  # float32 sums in another order, then a step
     with pytest.raises(ValueError, match="accumulate is 3, expected a divisor of batch_size"):
         TrainingOptions(batch_size=8, accumulate=3)
 

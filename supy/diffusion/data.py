@@ -136,6 +136,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {"images": loaded}
             require("images" in loaded, "diffusion", f"{path} has arrays {', '.join(loaded)[:80]}; expected images")
             return {name: loaded[name] for name in ("images", "labels") if name in loaded}
+    # What NumPy and zipfile raise for files that are damaged, encrypted or packed in an unknown way.
     except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, BadZipFile, zlib.error) as error:
         if str(error).startswith("supy."):
             raise

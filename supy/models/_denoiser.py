@@ -51,7 +51,7 @@ class Denoiser(Pretrained):
 
     def _multiple(self, H: int, W: int) -> int:
         """What the sides of a picture of this size must be multiples of."""
-        raise NotImplementedError
+        raise NotImplementedError  # each network has its own; this class is none
 
     def _check(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> None:
         op, config, shapes = type(self).__name__, self.config, Shapes(type(self).__name__)
