@@ -2,16 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from _killed import whole_and_killed
 
 from supy._checkpoint import save_model
 from supy.events import (
@@ -184,18 +180,7 @@ EventExtractor(encoder=encoder).fit(generate_sample(60), options=options, folder
 
 
 def test_a_killed_run_ends_with_the_same_weights(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([sys.executable, "-c", KILLED, str(whole)], check=True)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(killed)])
-    checkpoint = killed / "checkpoint.safetensors"
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(0.2)  # somewhere in a later epoch, or while saving
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
-    assert not (killed / "config.json").exists()
-    load_file(checkpoint)  # whole, whenever the kill came
-    subprocess.run([sys.executable, "-c", KILLED, str(killed)], check=True)
+    whole, killed = whole_and_killed(KILLED, tmp_path)
     assert same(weights(EventExtractor.load(whole)), weights(EventExtractor.load(killed)))
     assert {file.name for file in killed.iterdir()} == {file.name for file in whole.iterdir()}
 
