@@ -59,14 +59,14 @@ def ddpm_by_posterior(x, eps, noise, t):
 
 
 @functools.cache
-def _buffers(shape):
-    return torch.zeros(shape), torch.empty(shape)
+def _buffers(shape, device):
+    return torch.zeros(shape, device=device), torch.empty(shape, device=device)
 
 
 def ddpm_by_hand(x, eps, noise, t):
     """The fewest calls of PyTorch, without clipping: three in place, one of them making the noise."""
     now, previous, beta = NOW, PREVIOUS, BETA
-    state, z = _buffers(x.shape)
+    state, z = _buffers(x.shape, x.device)
     alpha = now / previous
     return state.mul_(1 / alpha).add_(eps, alpha=-(beta**2) / (complement(now) * alpha)).add_(z.normal_(), alpha=beta)
 
@@ -103,13 +103,19 @@ def diffusers_ddim(x, eps, noise, t):
 # --- ddpm_add_noise, noise given --------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _tables(device):
+    return ALPHA_BAR.to(device), BETA_BAR.to(device)
+
+
 def add_noise(x, eps, noise, t):
-    return supy.ops.ddpm_add_noise(x, ALPHA_BAR[t], BETA_BAR[t], noise=noise)[0]
+    alpha_bar, beta_bar = _tables(x.device)
+    return supy.ops.ddpm_add_noise(x, alpha_bar[t], beta_bar[t], noise=noise)[0]
 
 
 def add_noise_plain(x, eps, noise, t):
     """As denoising-diffusion-pytorch's q_sample."""
-    alpha_bar, beta_bar = (table.gather(0, t).to(x.dtype).view(-1, 1, 1, 1) for table in (ALPHA_BAR, BETA_BAR))
+    alpha_bar, beta_bar = (table.gather(0, t).to(x.dtype).view(-1, 1, 1, 1) for table in _tables(x.device))
     return alpha_bar * x + beta_bar * noise
 
 

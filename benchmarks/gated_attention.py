@@ -70,8 +70,8 @@ def _rotated(x, cosine, sine):
 
 def _factors(kernel, causal, T, like):
     """What scores are multiplied by, [T, 1], and the number of keys that a row sees."""
-    seen = torch.arange(1, T + 1) if causal else torch.full((T,), T)
-    plus = seen.clamp(min=16).log() / math.log(512) if kernel == "softmax_plus" else torch.ones(T)
+    seen = torch.arange(1, T + 1, device=like.device) if causal else torch.full((T,), T, device=like.device)
+    plus = seen.clamp(min=16).log() / math.log(512) if kernel == "softmax_plus" else torch.ones_like(seen)
     return (plus / KEYS**0.5).to(like.dtype)[:, None], seen.to(like.dtype)[:, None]
 
 
@@ -90,7 +90,7 @@ def _written(kernel, causal, attend):
 def eager(kernel, causal):
     def attend(q, k, v, seen):
         scores = q @ k.mT
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1) if causal else None
+        hidden = torch.ones_like(scores[0], dtype=torch.bool).triu(1) if causal else None
         if kernel == "relu2":
             weights = F.relu(scores).square() / seen
             return (weights if hidden is None else weights.masked_fill(hidden, 0)) @ v
@@ -117,7 +117,7 @@ def flash_pytorch(causal, training):
     """FLASH-pytorch's own unit: no rotation, a T5 bias, scores divided by T before they are squared; not the same numbers."""
 
     def run(x, *tensors):
-        layer = _flash(causal).to(x.dtype)
+        layer = _flash(causal).to(x)
         if not training:
             with torch.no_grad():
                 return layer(x)

@@ -84,8 +84,8 @@ def dense(scores):
     def loss(*inputs):
         *tensors, spans = inputs
         s = scores(*tensors)
-        hidden = torch.ones(s.shape[2:], dtype=torch.bool).tril(-1)
-        target = torch.zeros(s.shape, dtype=torch.bool)
+        hidden = torch.ones_like(s[0, 0], dtype=torch.bool).tril(-1)
+        target = torch.zeros_like(s, dtype=torch.bool)
         target[tuple(spans.unbind(1))] = True
         low = torch.finfo(s.dtype).min
         negative = s.masked_fill(hidden | target, low).flatten(2)
@@ -134,8 +134,8 @@ def bert4torch_sparse(scores):
 def padded_positives(spans, shape, T):
     """int64 [B, H, P] of cell numbers, 0 where a head has fewer than P."""
     group, cell = spans[:, 0] * shape[1] + spans[:, 1], spans[:, 2] * T + spans[:, 3]
-    place = torch.arange(len(spans)) - torch.searchsorted(group, group)  # rows are sorted by (batch, head)
-    at = torch.zeros(shape[0] * shape[1], int(place.max()) + 1, dtype=torch.int64)
+    place = torch.arange(len(spans), device=spans.device) - torch.searchsorted(group, group)  # rows are sorted by (batch, head)
+    at = torch.zeros(shape[0] * shape[1], int(place.max()) + 1, dtype=torch.int64, device=spans.device)
     at[group, place] = cell
     return at.view(*shape, -1)
 
@@ -153,7 +153,7 @@ def visible(scores):
 
     def run(*tensors):
         s = scores(*tensors)
-        return s.masked_fill(torch.ones(s.shape[2:], dtype=torch.bool).tril(-1), -torch.inf)
+        return s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).tril(-1), -torch.inf)
 
     return run
 
@@ -163,9 +163,9 @@ def by_nonzero(scores):
 
 
 def by_where(scores):
-    return lambda *tensors: torch.from_numpy(np.stack(np.where((scores(*tensors) > 0).numpy()), 1))
+    return lambda *tensors: torch.from_numpy(np.stack(np.where((scores(*tensors) > 0).cpu().numpy()), 1))
 
 
 def same_spans(result, expected):
     result = result[0] if isinstance(result, tuple) else result
-    return torch.equal(result, expected)
+    return torch.equal(result.to(expected.device), expected)

@@ -58,10 +58,10 @@ def _rotate_half(x, cosine, sine):  # as Hugging Face's models write it
 
 
 @functools.cache
-def _rotary_embedding(dim):
+def _rotary_embedding(dim, device):
     from rotary_embedding_torch import RotaryEmbedding
 
-    return RotaryEmbedding(dim)
+    return RotaryEmbedding(dim).to(device)
 
 
 def _rotary_row(shape, dtype, interleaved):
@@ -69,7 +69,7 @@ def _rotary_row(shape, dtype, interleaved):
         return rotary_reference(x, cosine, sine, interleaved, False)
 
     peers = {
-        True: {"rotary-embedding-torch": lambda x, *_: _rotary_embedding(x.shape[-1]).rotate_queries_or_keys(x)},
+        True: {"rotary-embedding-torch": lambda x, *_: _rotary_embedding(x.shape[-1], x.device).rotate_queries_or_keys(x)},
         False: {"rotate_half": _rotate_half, "rotate_half compiled": compiled(_rotate_half)},
     }
     numel = functools.reduce(int.__mul__, shape)
@@ -183,6 +183,20 @@ def _touch(x, y, *_):
     if _extension.C is None:
         raise ImportError(_extension.missing)
     return _extension.C.touch(x, y)
+
+
+CALL_ROW = Row(
+    "call overhead",
+    "tiny tensors, nothing to compute",
+    _tiny,
+    {
+        "supy": lambda x, *_: supy.ops.rotary(x),
+        "operator alone": lambda x, c, s: torch.ops.supy.rotary(x, c, s, True, False),
+        "binding alone": _touch,
+        "eager": lambda x, c, s: rotary_reference(x, c, s, True, False),
+        "torch.add": lambda x, *_: x + x,
+    },
+)
 
 
 # --- cliques ----------------------------------------------------------------------------------------------------------
@@ -386,7 +400,7 @@ def _sparse_row(rows, positives):
 def _tasks_hard(scores, targets):
     """Each pair of classes of a task, which needs m times the memory."""
     others = scores[..., None, :].expand(*scores.shape, scores.shape[-1])
-    own = torch.eye(scores.shape[-1], dtype=torch.bool)
+    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
     terms = targets.log() + others.masked_fill(own, -torch.inf).logsumexp(-1) - scores
     return torch.nn.functional.softplus(terms.logsumexp(-2)).sum(-1)
 
@@ -414,23 +428,12 @@ def _tasks_row(shape, form):
     )
 
 
-ROWS = [
+CPU_ROWS = [
     _rotary_row((16, 12, 512, 64), torch.float32, True),
     _rotary_row((16, 12, 512, 64), torch.bfloat16, True),
     _rotary_row((16, 12, 512, 64), torch.float32, False),
     _rotary_row((16, 12, 512, 64), torch.bfloat16, False),
-    Row(
-        "call overhead",
-        "tiny tensors, nothing to compute",
-        _tiny,
-        {
-            "supy": lambda x, *_: supy.ops.rotary(x),
-            "operator alone": lambda x, c, s: torch.ops.supy.rotary(x, c, s, True, False),
-            "binding alone": _touch,
-            "eager": lambda x, c, s: rotary_reference(x, c, s, True, False),
-            "torch.add": lambda x, *_: x + x,
-        },
-    ),
+    CALL_ROW,
     Row(
         "batched_maximal_cliques",
         "10,000 graphs of 2 to 12 nodes, graphs built",
@@ -486,5 +489,32 @@ ROWS = [
     _mixed_chunk_row(4096, training=True, dtype=torch.bfloat16),
     _normal_row(2**24),
     *(row for batch in (1, 8, 64) for row in _diffusion_rows(batch)),
-    # The next operator's rows go here. A peer of its own is one more function in the dict.
 ]
+
+FLOATS = torch.float32, torch.bfloat16
+CUDA_ROWS = [
+    CALL_ROW,
+    *(_rotary_row((16, 16, 4096, 128), dtype, interleaved) for dtype in FLOATS for interleaved in (True, False)),
+    *(_loss_row(form, 16, T, 65) for form in ("efficient", "full") for T in (128, 512)),
+    *(_spans_row(form, 16, T, 65) for form in ("efficient", "full") for T in (128, 512)),
+    _dense_row((16, 65), "bool"),
+    _dense_row((16, 65), "hard"),
+    _dense_row((4, 65), "soft"),
+    _sparse_row((16, 65), 8),
+    *(_tasks_row((64, 4096, 12), form) for form in ("hard", "soft")),
+    *(
+        _gated_attention_row(T, training=training, dtype=dtype)
+        for T, dtype in ((512, torch.bfloat16), (2048, torch.bfloat16), (2048, torch.float32), (8192, torch.bfloat16))
+        for training in (False, True)
+    ),
+    _gated_attention_row(2048, "relu2", dtype=torch.bfloat16),
+    _gated_attention_row(8192, causal=True, dtype=torch.bfloat16),
+    _mixed_chunk_row(16384, training=False),
+    _mixed_chunk_row(16384, training=True),
+    _mixed_chunk_row(16384, training=True, dtype=torch.bfloat16),
+    _mixed_chunk_row(65536, training=True, dtype=torch.bfloat16),
+    _normal_row(2**28),
+    *(row for batch in (64, 1024) for row in _diffusion_rows(batch)),
+]
+# A new operator's rows go into both lists. A peer of its own is one more function in the dict.
+ROWS = {"cpu": CPU_ROWS, "cuda": CUDA_ROWS}

@@ -8,15 +8,19 @@ import functools
 
 import pytest
 import torch
-from ceilings import finished
+from ceilings import device_seconds
 from table import ROWS
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
-CASES = {
-    f"{row.operator}-{row.case}-{name}": (index, name)
-    for index, row in enumerate(ROWS)
-    for name in row.implementations
-}
+
+
+def pytest_generate_tests(metafunc):
+    cases = {
+        f"{row.operator}-{row.case}-{name}": (index, name)
+        for index, row in enumerate(ROWS[metafunc.config.option.device])
+        for name in row.implementations
+    }
+    metafunc.parametrize(("index", "name"), cases.values(), ids=cases)
 
 
 def _double(value):
@@ -25,7 +29,7 @@ def _double(value):
 
 @functools.lru_cache(maxsize=1)  # the implementations of a row follow each other
 def _prepared(index, device):
-    row = ROWS[index]
+    row = ROWS[device][index]
     inputs = [value.to(device) if isinstance(value, torch.Tensor) else value for value in row.inputs()]
     return inputs, row.exact(*map(_double, inputs)) if row.exact else None
 
@@ -37,9 +41,9 @@ def _close(result, expected):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(("index", "name"), CASES.values(), ids=CASES)
 def test_operator(index, name, benchmark, record, request):
-    row, device = ROWS[index], request.config.option.device
+    device = request.config.option.device
+    row = ROWS[device][index]
     function = row.implementations[name]
     inputs, expected = _prepared(index, device)
     with torch.set_grad_enabled(row.gradients):
@@ -50,7 +54,11 @@ def test_operator(index, name, benchmark, record, request):
             pytest.skip(str(error))
         if row.exact and name not in row.unlike:
             assert (row.same or _close)(result, expected), f"{name} differs from the float64 result"
+        if device == "cuda":
+            if not benchmark.disabled:
+                record(row, name, device_seconds(lambda: function(*inputs)))
+            return
         benchmark.group, benchmark.name = f"{row.operator} {row.case}", name
-        benchmark(finished(function, device), *inputs)
+        benchmark(function, *inputs)
     if benchmark.stats is not None:  # None under --benchmark-disable, which only compares
         record(row, name, benchmark.stats.stats.min)
