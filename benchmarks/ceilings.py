@@ -8,11 +8,11 @@ import time
 import torch
 
 
-def device_seconds(function, seconds=0.2):
+def device_seconds(function, seconds=0.1):
     """The shortest time on the device, between events around one call; its second-level cache is overwritten before each."""
     from triton.testing import do_bench
 
-    return do_bench(function, warmup=50, rep=int(1e3 * seconds), return_mode="min") / 1e3
+    return do_bench(function, warmup=25, rep=int(1e3 * seconds), return_mode="min") / 1e3
 
 
 def _fastest(function, device, seconds):
