@@ -45,6 +45,13 @@ def _keep_freed_memory():
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
+@pytest.fixture(autouse=True)
+def freed_device():
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def record(request):
     """record(row, implementation, seconds, note): a line of the final table; without a time, the note."""

@@ -19,6 +19,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def freed_device():
+    """Several processes may test on one device: none keeps what it no longer needs."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What supy allocates uninitialised holds NaN, or the smallest integer, so that an unwritten output shows."""
 

@@ -27,7 +27,7 @@ INTEGER, CONSTANT = "i32", "constexpr"
 
 def _rotary(dtype, **constants):
     pointers = {"x": dtype, "cosine": "*fp32", "sine": "*fp32", "out": dtype}
-    sizes = ("n1", "n2", "half", *(f"{tensor}{axis}" for tensor in "xto" for axis in range(4)))
+    sizes = ("rows", "n1", "n2", "half", *(f"{tensor}{axis}" for tensor in "xto" for axis in range(4)))
     return pointers | dict.fromkeys(sizes, INTEGER), constants
 
 
@@ -168,9 +168,9 @@ def _steps():
 # A row: module of supy.kernels, kernel, (type of each argument that is no constant, constants, launch options if any).
 # ":16" after a type: a pointer or number that 16 divides.
 KERNELS = [
-    ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, BLOCK=32)),
-    ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, BLOCK=64)),
-    ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, BLOCK=64)),
+    ("rotary", "rotary_kernel", _rotary("*fp32", INTERLEAVED=True, INVERSE=False, ROWS=16, BLOCK=32)),
+    ("rotary", "rotary_kernel", _rotary("*fp16", INTERLEAVED=True, INVERSE=True, ROWS=16, BLOCK=64)),
+    ("rotary", "rotary_kernel", _rotary("*bf16", INTERLEAVED=False, INVERSE=False, ROWS=16, BLOCK=64)),
     *(
         ("multilabel_cross_entropy", kernel, _multilabel(names, types, INDICES=types["targets"] == "*i64", **_SIZES))
         for kernel, names in (("forward_kernel", _SUMS), ("backward_kernel", _SLOPES))

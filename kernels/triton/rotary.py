@@ -1,4 +1,4 @@
-"""Rotary position embedding in Triton: one program a row."""
+"""Rotary position embedding in Triton: a program takes as many rows as make some thousand pairs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
+PAIRS = 1024  # of a program: 8 a thread
+
 
 @triton.jit
 def rotary_kernel(
     x, cosine, sine, out,
-    n1, n2, half,
+    rows, n1, n2, half,
     x0, x1, x2, x3,
     t0, t1, t2, t3,
     o0, o1, o2, o3,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     i2 = row % n2
     i1 = row // n2 % n1
     i0 = row // n2 // n1
@@ -26,8 +29,8 @@ def rotary_kernel(
     out += i0 * o0 + i1 * o1 + i2 * o2
     table = i0 * t0 + i1 * t1 + i2 * t2
 
-    i = tl.arange(0, BLOCK).to(tl.int64)
-    inside = i < half
+    i = tl.arange(0, BLOCK).to(tl.int64)[None, :]
+    inside = (row < rows) & (i < half)
     first = 2 * i if INTERLEAVED else i
     second = first + (1 if INTERLEAVED else half)
     a = tl.load(x + first * x3, mask=inside, other=0.0).to(tl.float32)
@@ -50,9 +53,11 @@ def rotary(
         sizes = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
         source, target = x.expand(*sizes, 2 * half), out.expand(*sizes, 2 * half)
         cosine, sine = cosine.expand(*sizes, half), sine.expand(*sizes, half)
-        rotary_kernel[(sizes[0] * sizes[1] * sizes[2],)](
-            source, cosine, sine, target, sizes[1], sizes[2], half,
+        rows, block = sizes[0] * sizes[1] * sizes[2], triton.next_power_of_2(half)
+        at_once = max(1, PAIRS // block)
+        rotary_kernel[(triton.cdiv(rows, at_once),)](
+            source, cosine, sine, target, rows, sizes[1], sizes[2], half,
             *source.stride(), *cosine.stride(), *target.stride(),
-            INTERLEAVED=interleaved, INVERSE=inverse, BLOCK=triton.next_power_of_2(half),
+            INTERLEAVED=interleaved, INVERSE=inverse, ROWS=at_once, BLOCK=block,
         )  # fmt: skip
     return out
