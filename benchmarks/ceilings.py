@@ -15,6 +15,15 @@ def device_seconds(function, seconds=0.1):
     return do_bench(function, warmup=25, rep=int(1e3 * seconds), return_mode="min") / 1e3
 
 
+def device_peak(function):
+    """Bytes that a call takes at the most beside what is there before it."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _fastest(function, device, seconds):
     if device == "cuda":
         return device_seconds(function, seconds)

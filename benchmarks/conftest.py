@@ -54,10 +54,10 @@ def freed_device():
 
 @pytest.fixture
 def record(request):
-    """record(row, implementation, seconds, note): a line of the final table; without a time, the note."""
+    """record(row, implementation, seconds, note, peak): a line of the final table; without a time, the note."""
     device = request.config.option.device
 
-    def add(row, implementation, seconds, note=""):
+    def add(row, implementation, seconds, note="", peak=None):
         moving = row.bytes / copy_rate(row.bytes, device) if row.bytes else 0
         computing = row.flops / gemm_rate(device, row.dtype) if row.flops else 0
         request.config.stash[RESULTS].append(
@@ -67,6 +67,7 @@ def record(request):
                 "implementation": implementation,
                 "seconds": seconds,
                 "ceiling_seconds": max(moving, computing) or None,
+                "peak_bytes": peak,
                 "note": note,
             }
         )
@@ -95,10 +96,11 @@ def _cells(result, supy_seconds):
     names = (result["operator"], result["case"], result["implementation"])
     seconds = result["seconds"]
     if seconds is None:
-        return (*names, "-", "-", "-", result["note"])
+        return (*names, "-", "-", "-", "-", result["note"])
     ratio = f"{seconds / supy_seconds:.2f}" if supy_seconds else "-"
     ceiling = f"{100 * result['ceiling_seconds'] / seconds:.0f}" if result["ceiling_seconds"] else "-"
-    return (*names, f"{1e3 * seconds:.4f}", ratio, ceiling, "")
+    peak = "-" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 2**20:.0f}"
+    return (*names, f"{1e3 * seconds:.4f}", ratio, ceiling, peak, "")
 
 
 def _kept(path, results):
@@ -118,7 +120,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if not results:
         return
     of_supy = {(r["operator"], r["case"]): r["seconds"] for r in results if r["implementation"] == "supy"}
-    table = [("operator", "case", "implementation", "min ms", "x supy", "% ceiling", "")]
+    table = [("operator", "case", "implementation", "min ms", "x supy", "% ceiling", "peak MB", "")]
     table += [_cells(r, of_supy.get((r["operator"], r["case"]))) for r in results]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for result in results:
@@ -141,7 +143,7 @@ def pytest_terminal_summary(terminalreporter, config):
     line(f"{report['date']}, {report['device']}, torch {torch.__version__}, {report['malloc']}")
     line(f"ceilings: copy {copies} GB/s, float32 GEMM {report['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s")
     for row in table:
-        cells = (c.rjust(w) if 3 <= i <= 5 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        cells = (c.rjust(w) if 3 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         line("  ".join(cells).rstrip())
     if config.option.results:
         name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())

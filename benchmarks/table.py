@@ -58,10 +58,12 @@ def _rotate_half(x, cosine, sine):  # as Hugging Face's models write it
 
 
 @functools.cache
-def _rotary_embedding(dim, device):
+def _rotary_embedding(length, dim, device):
     from rotary_embedding_torch import RotaryEmbedding
 
-    return RotaryEmbedding(dim).to(device)
+    peer = RotaryEmbedding(dim).to(device)
+    peer.rotate_queries_or_keys(torch.zeros(1, length, dim, device=device))  # its table in float32, not bfloat16
+    return peer
 
 
 def _rotary_row(shape, dtype, interleaved):
@@ -69,7 +71,7 @@ def _rotary_row(shape, dtype, interleaved):
         return rotary_reference(x, cosine, sine, interleaved, False)
 
     peers = {
-        True: {"rotary-embedding-torch": lambda x, *_: _rotary_embedding(x.shape[-1], x.device).rotate_queries_or_keys(x)},
+        True: {"rotary-embedding-torch": lambda x, *_: _rotary_embedding(*x.shape[-2:], x.device).rotate_queries_or_keys(x)},
         False: {"rotate_half": _rotate_half, "rotate_half compiled": compiled(_rotate_half)},
     }
     numel = functools.reduce(int.__mul__, shape)

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from ceilings import device_seconds
+from ceilings import device_peak, device_seconds
 from table import ROWS
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-9}
@@ -56,7 +56,9 @@ def test_operator(index, name, benchmark, record, request):
             assert (row.same or _close)(result, expected), f"{name} differs from the float64 result"
         if device == "cuda":
             if not benchmark.disabled:
-                record(row, name, device_seconds(lambda: function(*inputs)))
+                del result
+                run = functools.partial(function, *inputs)
+                record(row, name, device_seconds(run), peak=device_peak(run))
             return
         benchmark.group, benchmark.name = f"{row.operator} {row.case}", name
         benchmark(function, *inputs)
