@@ -37,6 +37,16 @@ REGIMES = {
 }
 
 
+WRONG = {  # sizes (2, 20, 3): a row of spans, lengths, what is said
+    "sample": ([2, 0, 0, 0], None, "batch < 2"),
+    "head": ([0, 3, 0, 0], None, "head < 3"),
+    "below 0": ([0, 0, -1, 3], None, "start and end < 20"),
+    "order": ([1, 2, 4, 3], None, "start <= end"),
+    "padding": ([1, 0, 4, 5], [20, 5], "below the sample's length"),
+    "length": ([0, 0, 0, 0], [20, 21], r"lengths\[1\] is 21"),
+}
+
+
 def rows_of(regime):
     B, T, H, _ = regime.sizes
     if regime.spans != "all":

@@ -1,4 +1,5 @@
-"""What every test shares: ``gpu`` tests are skipped without a CUDA device, and fresh memory is poisoned."""
+"""What every test shares: ``gpu`` tests are skipped without a CUDA device, ``slow`` ones where not asked for, and fresh
+memory is poisoned."""
 
 import sys
 
@@ -10,7 +11,10 @@ with torch.device("meta"):
     torch.empty(0)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="takes long: -m slow"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from _compare import assert_close_to_reference
-from _spans import REGIMES, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
+from _spans import REGIMES, WRONG, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
+from supy.kernels import _spans
 from supy.kernels import efficient_global_pointer as kernels
+from supy.kernels.efficient_global_pointer_spans import efficient_global_pointer_spans
 
 BLOCK = 16
 NAMES = ("q", "k", "start_bias", "end_bias")
@@ -98,6 +100,7 @@ def test_loss(case, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "HEADS", 16)
     tensors, spans, options = _make(case, dtype)
     got = kernels.efficient_global_pointer_loss(*tensors, spans, *options, True, block=BLOCK)
+    monkeypatch.setattr(_spans, "SORT_AT_ONCE", 0)  # as many labels are sorted
     again = kernels.efficient_global_pointer_loss(*tensors, spans.flip(0), *options, True, block=BLOCK)
     alone = kernels.efficient_global_pointer_loss(*tensors, spans, *options, False, block=BLOCK)
     assert torch.equal(alone[0], got[0]) and not any(x.numel() for x in alone[1:])
@@ -115,7 +118,7 @@ def test_heads_whose_scaled_sum_underflows(lengths, monkeypatch):
     y[0, 0, 1] += 100  # (0, 0) only
     x[0, :17, 1] -= 100
     y[0, 1:, 1] -= 100
-    spans = torch.tensor([[0, 1, 0, 0], [0, 2, 1, 3], [1, 1, 2, 2]])
+    spans = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [0, 2, 1, 3], [1, 1, 2, 2]])
     seen = []
     direct = kernels.reference._scores_of
     monkeypatch.setattr(kernels.reference, "_scores_of", lambda *a: seen.append(a[1].shape) or direct(*a))
@@ -139,9 +142,10 @@ def test_tokens_ruled_out_take_no_slow_path(monkeypatch):
     q[2, 3] *= 1e4
     k[2, 9] *= 1e4
     spans = torch.tensor([[0, 1, 0, 0], [1, 2, 0, 19], [1, 0, 3, 5], [2, 0, 3, 3], [2, 1, 2, 9], [2, 2, 2, 8]])
-    monkeypatch.setattr(kernels.reference, "_scores_of", lambda *_: pytest.fail("the slow path was taken"))
     options = (None, True, 0.5)
-    got = kernels.efficient_global_pointer_loss(*tensors, spans, *options, True, block=BLOCK)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.reference, "efficient_global_pointer_loss", lambda *_: pytest.fail("the slow path"))
+        got = kernels.efficient_global_pointer_loss(*tensors, spans, *options, True, block=BLOCK)
     wide = [z.double() for z in tensors]
     exact = kernels.reference.efficient_global_pointer_loss(*wide, spans, *options, True)
     for name, a, b in zip(("loss", *NAMES), got, exact):
@@ -155,7 +159,7 @@ def test_spans(case, dtype):
     scores = kernels.efficient_global_pointer_scores(*tensors, *options, block=BLOCK)
     for threshold in (0.0, 1.5):
         rows, values = dense_spans(scores, threshold)
-        got, got_values = kernels.efficient_global_pointer_spans(*tensors, *options, threshold, block=BLOCK)
+        got, got_values = efficient_global_pointer_spans(*tensors, *options, threshold, block=BLOCK)
         assert torch.equal(got, rows) and torch.equal(got_values, values), f"{threshold=}"
 
 
@@ -166,7 +170,7 @@ def test_a_score_at_the_threshold_is_not_above_it():
     for scale, threshold, count in ((1.0, 1.0, 0), (1.0, 0.999, 3), (1.0003, 1.0001, 0)):
         for start_bias, more in ((bias, count), (higher, 3)):
             arguments = q, q, start_bias, bias, None, True, scale, threshold
-            rows, _ = kernels.efficient_global_pointer_spans(*arguments, block=BLOCK)
+            rows, _ = efficient_global_pointer_spans(*arguments, block=BLOCK)
             assert (rows[:, 1] == 0).sum() == count and (rows[:, 1] == 1).sum() == more
 
 
@@ -175,18 +179,28 @@ def test_nan_gives_nan_and_one_head_of_nan_hides_no_other():
     tensors[2][..., 0] = math.nan
     got = kernels.efficient_global_pointer_loss(*tensors, torch.zeros(0, 4).long(), None, True, 0.5, True, block=BLOCK)
     assert all(x.isnan().any() for x in got)
-    rows, _ = kernels.efficient_global_pointer_spans(*tensors, None, True, 0.5, 0.0, block=BLOCK)
+    rows, _ = efficient_global_pointer_spans(*tensors, None, True, 0.5, 0.0, block=BLOCK)
     assert (rows[:, 1] == 1).all() and len(rows) == 10
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_data_is_refused(case):
+    row, lengths, message = WRONG[case]
+    tensors = [torch.zeros(2, 20, n) for n in (4, 4, 3, 3)]
+    spans = torch.tensor([[0, 0, 0, 1], row])
+    options = None if lengths is None else torch.tensor(lengths), True, 0.5
+    with pytest.raises(ValueError, match=message):
+        kernels.efficient_global_pointer_loss(*tensors, spans, *options, True, block=BLOCK)
 
 
 def test_only_the_scores_hold_every_score():
     """Not even one head's, `[B, T, T]`."""
-    B, T, H, D = 1, 96, 6, 4
+    B, T, H, D = 1, 96, 3, 4
     tensors = [torch.randn(B, T, n) for n in (D, D, H, H)]
     with LargestTensor() as seen:
         kernels.efficient_global_pointer_loss(
-            *tensors, torch.tensor([[0, 5, 2, 95]]), None, True, 0.5, True, block=32
+            *tensors, torch.tensor([[0, 2, 2, 95]]), None, True, 0.5, True, block=32
         )
-        kernels.efficient_global_pointer_spans(*tensors, None, True, 0.5, 6.0, block=32)
-    # The interpreter copies tensors byte by byte, offsets `[B * T * H + 1]` among them.
-    assert seen.elements <= 8 * (B * T * H + 1) < B * T * T
+        efficient_global_pointer_spans(*tensors, None, True, 0.5, 6.0, block=32)
+    # The interpreter copies tensors byte by byte, among them three `[B, T, H]` and less in one piece.
+    assert seen.elements <= 5 * 4 * B * T * H < B * T * T

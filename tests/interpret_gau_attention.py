@@ -55,7 +55,7 @@ def _run(module, tensors, options, **sizes):
 
 @pytest.fixture(autouse=True)
 def few_splits(monkeypatch):
-    monkeypatch.setattr(kernels, "SPLITS", 2)
+    monkeypatch.setattr(kernels, "PROGRAMS", 4)
 
 
 # The kernel of softmax is that of softmax_plus, which has other factors.
@@ -98,10 +98,11 @@ def test_small_gradients_in_float16_do_not_vanish():
     assert_close_to_reference("dq", got[3], exact[3], plain[3], 3)
 
 
-def test_memory_is_linear_in_the_tokens():
+def test_memory_is_linear_in_the_tokens(monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
     B, T, S, E = 1, 64, 16, 16
     tensors = [torch.randn(B, T, n) for n in (E, S, S, E, E)]
     with LargestTensor() as seen:
         _run(kernels, tensors, (None, None, "softmax", False, 0.25, None), tiles=TILES | {"BLOCK": 16}, band=1)
     # The interpreter copies tensors as bytes.
-    assert seen.elements <= 4 * max(16, kernels.SPLITS * S) * T < 4 * T * T
+    assert seen.elements <= 4 * max(16, kernels.PROGRAMS * S) * T < 4 * T * T

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from _compare import assert_close_to_reference
-from _spans import REGIMES, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
+from _spans import REGIMES, WRONG, LargestTensor, Regime, dense_loss, dense_spans, mask, rows_of
+from supy.kernels import _spans
 from supy.kernels import global_pointer as kernels
 
 BLOCK = 16
@@ -65,7 +66,7 @@ def test_scores(case, dtype):
 
 @every_dtype
 @every_case
-def test_loss(case, dtype):
+def test_loss(case, dtype, monkeypatch):
     q, k, spans, options = _make(case, dtype)
 
     def dense(dtype):
@@ -77,6 +78,7 @@ def test_loss(case, dtype):
 
     (largest, exact), (_, plain) = dense(torch.float64), dense(torch.float32)
     got = kernels.global_pointer_loss(q, k, spans, *options, True, block=BLOCK)
+    monkeypatch.setattr(_spans, "SORT_AT_ONCE", 0)  # as many labels are sorted
     again = kernels.global_pointer_loss(q, k, spans.flip(0), *options, True, block=BLOCK)
     alone = kernels.global_pointer_loss(q, k, spans, *options, False, block=BLOCK)
     assert torch.equal(alone[0], got[0]) and not alone[1].numel()
@@ -111,6 +113,17 @@ def test_nan_gives_nan():
     loss, dq, dk = kernels.global_pointer_loss(q, q, torch.zeros(0, 4).long(), None, True, 0.5, True, block=BLOCK)
     assert loss.isnan() and dq.isnan().any() and dk.isnan().any()
     assert kernels.global_pointer_scores(q, q, None, True, 0.5, block=BLOCK)[0, 0, 3, 4].isnan()
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_data_is_refused(case):
+    row, lengths, message = WRONG[case]
+    q = torch.zeros(2, 20, 3, 4)
+    tensors = [q, q]
+    spans = torch.tensor([[0, 0, 0, 1], row])
+    options = None if lengths is None else torch.tensor(lengths), True, 0.5
+    with pytest.raises(ValueError, match=message):
+        kernels.global_pointer_loss(*tensors, spans, *options, True, block=BLOCK)
 
 
 def test_only_the_scores_hold_every_score():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from _compare import assert_close_to_reference
+from supy.kernels import gau_attention
 from supy.kernels import mixed_chunk_attention as kernels
 from supy.reference import mixed_chunk_attention as reference
 
@@ -53,8 +54,8 @@ def _run(module, tensors, options, **sizes):
 
 @pytest.fixture(autouse=True)
 def small_bands(monkeypatch):
-    monkeypatch.setattr(kernels, "BAND", 3)
-    monkeypatch.setattr(kernels, "WORKSPACE", 0)
+    monkeypatch.setattr(gau_attention, "BAND", 3)
+    monkeypatch.setattr(gau_attention, "WORKSPACE", 0)
     monkeypatch.setattr(kernels, "PIECE", 16)
 
 

@@ -106,6 +106,7 @@ def test_what_is_outside_is_found():
         targets = torch.zeros(2, 9)
         targets[1, 8] = value
         assert multilabel_cross_entropy(scores, targets)[2]
+    assert multilabel_cross_entropy(scores, torch.full((2, 9), 2, dtype=torch.uint8))[2]
     for value in (-2, 9):
         assert sparse_multilabel_cross_entropy(scores, torch.tensor([[0], [value]]), -1)[2]
     assert not sparse_multilabel_cross_entropy(scores, torch.tensor([[0], [9]]), 9)[2]

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 DEVICE, BACKEND = "cuda", "triton"
 NAMES = ("out", "dq", "dk", "dv", "du")
 KERNELS = ("relu2", "softmax", "softmax_plus")
-# name: (B, T, S, E, options); tiles have 128 tokens and 256 values, of float32 128, and a band has 22 of them
+# name: (B, T, S, E, options); tiles have 128 tokens and 256 values, of float32 128, and a band at least 22 of them
 REGIMES = {
     "one token": (2, 1, 128, 1536, {}),
     "below the floor of 16 keys, odd sizes": (2, 7, 5, 3, {}),
@@ -65,8 +65,10 @@ def test_values_and_gradients(regime, kernel, dtype):
     plain = _run("reference", tensors, kernel, options)
     got = _run(BACKEND, tensors, kernel, options)
     again = _run(BACKEND, tensors, kernel, options)
+    # Three tf32 products drop the last two bits of their operands, where a product in float32 drops none.
+    ulps = 16 if dtype == torch.float32 else 4
     for i, name in enumerate(NAMES[: len(got)]):
-        assert_close_to_reference(f"{kernel}: {name}", got[i], exact[i], plain[i], 2 if i == 0 else 3)
+        assert_close_to_reference(f"{kernel}: {name}", got[i], exact[i], plain[i], 2 if i == 0 else 3, ulps=ulps)
         assert torch.equal(got[i], again[i]), f"{name} differs from run to run"
 
 
@@ -129,6 +131,6 @@ def test_memory_is_not_that_of_the_scores():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     _run(BACKEND, tensors, "softmax_plus", {})
-    # Results and gradients are 0.8 GB, A v, u * grad and float32 gradients of q and k 0.7 GB, two bands 0.1 GB;
+    # Results and gradients are 0.8 GB, A v, u * grad and float32 gradients of q and k 0.7 GB, two bands 0.2 GB;
     # the scores of all samples would be 1.1 GB in half precision, several times over.
     assert torch.cuda.max_memory_allocated() - before < 1.9e9

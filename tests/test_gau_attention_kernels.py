@@ -92,7 +92,7 @@ def test_no_gate_and_no_gradient(form):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_cuda_runs_around_its_kernels(kernel):
+def test_what_cuda_runs_where_rows_are_not_aligned(kernel):
     """There the unit is torch's products around the operator of the attention; here with the CPU's kernel for that."""
     module = sys.modules["supy.ops.gated_attention_unit"]
     tensors, options = _make("unit", "a block", torch.float32)
@@ -101,7 +101,7 @@ def test_what_cuda_runs_around_its_kernels(kernel):
     given = options["lengths"], None, kernel, False, 0.1, None
     grad = torch.randn_like(tensors[0])
     results = []
-    for forward, backward in ((module._cuda, module._cuda_backward), (module._unit, module._unit_backward)):
+    for forward, backward in ((module._around, module._around_backward), (module._unit, module._unit_backward)):
         y, *kept = forward(*tensors, *tables, *given, True)
         results.append([y, *backward(grad, *tensors, *tables, *kept, *given)])
     for a, b in zip(*results, strict=True):

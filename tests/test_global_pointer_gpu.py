@@ -5,7 +5,7 @@ import torch
 
 import supy
 from _compare import assert_close_to_reference
-from _spans import REGIMES, Regime, rows_of
+from _spans import REGIMES, WRONG, Regime, rows_of
 from supy._library import OPERATORS
 
 pytestmark = pytest.mark.gpu
@@ -128,7 +128,7 @@ def test_heads_whose_scaled_sum_underflows():
     y[0, 0, 1] += 100
     x[0, :97, 1] -= 100
     y[0, 1:, 1] -= 100
-    spans = torch.tensor([[0, 1, 0, 0], [0, 2, 1, 3], [1, 1, 2, 2]], device=DEVICE)
+    spans = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0], [0, 2, 1, 3], [1, 1, 2, 2]], device=DEVICE)
     got = _loss(BACKEND, "efficient_global_pointer", tensors, spans, {})
     exact = _loss("reference", "efficient_global_pointer", [x.double() for x in tensors], spans, {})
     for a, b in zip(got, exact):
@@ -155,6 +155,18 @@ def test_nan_gives_nan(form):
     tensors, spans, options = _make(form, REGIMES["no positives"], torch.float32)
     tensors[0][0, 3] = torch.nan
     assert all(x.isnan().any() for x in _loss(BACKEND, form, tensors, spans, options))
+
+
+@every_form
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_data_is_refused_and_the_device_goes_on(form, case):
+    row, lengths, message = WRONG[case]
+    tensors, _, _ = _make(form, Regime((2, 20, 3, 4), []), torch.float32)
+    spans = torch.tensor([[0, 0, 0, 1]] * 200 + [row], device=DEVICE)
+    options = {} if lengths is None else {"lengths": torch.tensor(lengths, device=DEVICE)}
+    with pytest.raises(ValueError, match=message):
+        _loss(BACKEND, form, tensors, spans, options)
+    assert _loss(BACKEND, form, tensors, spans[:-1], {})[0].isfinite()
 
 
 @every_form

@@ -63,8 +63,10 @@ def test_values_and_gradients(regime, dtype):
     plain = _run("reference", tensors, options)
     got = _run(BACKEND, tensors, options)
     again = _run(BACKEND, tensors, options)
+    # Three tf32 products drop the last two bits of their operands, where a product in float32 drops none.
+    ulps = 16 if dtype == torch.float32 else 4
     for i, name in enumerate(NAMES[: len(got)]):
-        assert_close_to_reference(name, got[i], exact[i], plain[i], 2 if i == 0 else 3)
+        assert_close_to_reference(name, got[i], exact[i], plain[i], 2 if i == 0 else 3, ulps=ulps)
         assert torch.equal(got[i], again[i]), f"{name} differs from run to run"
 
 

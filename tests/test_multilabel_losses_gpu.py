@@ -116,3 +116,19 @@ def test_values_out_of_range_are_refused():
             supy.ops.multitask_cross_entropy(scores[:, -8:], targets[:, -8:])
         with pytest.raises(ValueError, match=r"indices\[1, 0\] is 20000"):
             supy.ops.sparse_multilabel_cross_entropy(scores, torch.tensor([[0], [20_000]], device=DEVICE))
+        with pytest.raises(ValueError, match=r"targets\[1, 19999\] is 2"):
+            supy.ops.multilabel_cross_entropy(scores, targets.byte())
+        # A view, whose elements do not follow each other.
+        with pytest.raises(ValueError, match=r"targets\[0, 1\] is 2"):
+            supy.ops.multilabel_cross_entropy(scores[:, :2], targets[:, -2:].mT.contiguous().mT.flip(0))
+
+
+def test_a_gradient_for_each_row():
+    scores = _scores((70, 300), "contiguous", torch.float32).detach().requires_grad_()
+    targets = _targets((70, 300), "soft")
+    weight = torch.rand(70, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    results = []
+    for backend in ("triton", "reference"):
+        with supy.use_backend(backend):
+            results.append(torch.autograd.grad(supy.ops.multilabel_cross_entropy(scores, targets), scores, weight)[0])
+    torch.testing.assert_close(*results)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 LAUNCH = {"num_warps": 8, "num_stages": 3}
+# Two programs on a multiprocessor, so that one multiplies while the other takes exponentials or writes.
+PAIRED = {"num_stages": 2}
+PAIRED_LONG = LAUNCH | {"maxnreg": 128}
 # The sides of a tile: tokens, values, what a product takes at a time, and tokens where two float32 tiles are held.
 _HALF = {"BLOCK": 128, "PART": 256, "DEPTH": 64, "COLUMNS": 128, "PRECISION": "tf32"}
 _TF32 = {"BLOCK": 128, "PART": 128, "DEPTH": 32, "COLUMNS": 64, "PRECISION": "tf32"}
@@ -31,6 +36,18 @@ def _inner(x, y, rows, columns, n, x_t, y_t, SIZE: tl.constexpr, DEPTH: tl.const
         b = _load(y, columns, d, n, y_t, SIZE)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def _swish(h):
+    return h / (1 + tl.exp(-h))
+
+
+@triton.jit
+def _swish_slope(h):
+    """Its derivative."""
+    s = tl.sigmoid(h)
+    return s + _swish(h) * (1 - s)
 
 
 def tiles_for(dtype):
@@ -63,3 +80,18 @@ def cut(x, size):
 def strides(*tensors):
     """Of samples and tokens; features are next to each other."""
     return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def constants(find, key, *given):
+    """find(*key, *given), kept for the next call where nothing is given; the key ends with the device."""
+    cuda = key[-1].type == "cuda"
+    # What is made while a graph is captured exists only when the graph runs.
+    if any(x is not None for x in given) or (cuda and torch.cuda.is_current_stream_capturing()):
+        return find(*key, *given)
+    # The stream is part of the key: another one would not wait for the kernels.
+    return _kept(torch.cuda.current_stream(key[-1]).cuda_stream if cuda else 0, find, *key)
+
+
+@functools.lru_cache(maxsize=32)
+def _kept(stream, find, *key):
+    return find(*key)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from supy.kernels.multilabel_cross_entropy import find_outside
+
 
 @triton.jit
 def _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j):
@@ -13,7 +15,7 @@ def _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j):
     inside = (i < tasks)[:, None] & (j < classes)[None, :]
     s = tl.load(scores + i[:, None] * s1 + j[None, :] * s2, mask=inside, other=-float("inf")).to(tl.float32)
     t = tl.load(targets + i[:, None] * t1 + j[None, :] * t2, mask=inside, other=0).to(tl.float32)
-    return s, tl.where(s == -float("inf"), 0.0, t), (t < 0) | (t > 1), inside
+    return s, tl.where(s == -float("inf"), 0.0, t), inside
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def _terms(s, t, j, HARD: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    scores, targets, parts, outside,
+    scores, targets, parts,
     tasks, classes, chunks,
     s0, s1, s2, t0, t1, t2,
     HARD: tl.constexpr,
@@ -62,11 +64,9 @@ def forward_kernel(
     targets += batch * t0
     j = tl.arange(0, BLOCK)
     top, total = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    wrong = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, CHUNK, TASKS):
         i = chunk * CHUNK + start + tl.arange(0, TASKS)
-        s, t, bad, _ = _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j)
-        wrong += tl.sum(bad.to(tl.int32), 0)
+        s, t, _ = _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j)
         weight, others, exponent, _, _, _ = _terms(s, t, j, HARD)
         higher = tl.minimum(tl.maximum(top, tl.max(exponent, 0)), 3.4028234663852886e38)
         terms = tl.where(t != 0, weight * others * tl.exp(exponent - higher[None, :]), 0.0)
@@ -75,7 +75,6 @@ def forward_kernel(
     parts += (batch * chunks + chunk) * 2 * classes
     tl.store(parts + j, top, mask=j < classes)
     tl.store(parts + classes + j, total, mask=j < classes)
-    tl.store(outside + batch * chunks + chunk, tl.sum(wrong, 0))
 
 
 @triton.jit
@@ -102,7 +101,7 @@ def combine_kernel(parts, losses, classes, chunks, BLOCK: tl.constexpr):
 def backward_kernel(
     scores, targets, losses, grad, ds,
     tasks, classes,
-    s0, s1, s2, t0, t1, t2,
+    s0, s1, s2, t0, t1, t2, grad0, grad1,
     HARD: tl.constexpr,
     TASKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -112,10 +111,10 @@ def backward_kernel(
     j = tl.arange(0, BLOCK)
     scores += batch * s0
     targets += batch * t0
-    s, t, _, inside = _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j)
+    s, t, inside = _load(scores, targets, tasks, classes, s1, s2, t1, t2, i, j)
     weight, others, exponent, e, is_top, count = _terms(s, t, j, HARD)
     loss = tl.load(losses + batch * classes + j, mask=j < classes, other=0.0)[None, :]
-    g = tl.load(grad + batch * classes + j, mask=j < classes, other=0.0)[None, :]
+    g = tl.load(grad + batch * grad0 + j * grad1, mask=j < classes, other=0.0)[None, :]
     q = g * weight * tl.exp(exponent - loss)
     total = tl.sum(tl.where(is_top, 0.0, q), 1)[:, None]
     if HARD:
@@ -147,18 +146,18 @@ def multitask_cross_entropy(scores, targets, hard):
     batch, tasks, classes = s.shape
     if s.numel() == 0:
         return losses.zero_(), False
+    outside = find_outside(targets, 1, -1)
     block, at_once = _blocks(classes)
-    chunk = 16 * at_once
+    chunk = 4 * at_once
     chunks = triton.cdiv(tasks, chunk)
     parts = torch.empty((batch, chunks, 2, classes), dtype=torch.float32, device=s.device)
-    outside = torch.empty((batch, chunks), dtype=torch.int32, device=s.device)
     forward_kernel[(batch, chunks)](
-        s, t, parts, outside, tasks, classes, chunks, *s.stride(), *t.stride(),
+        s, t, parts, tasks, classes, chunks, *s.stride(), *t.stride(),
         HARD=hard, CHUNK=chunk, TASKS=at_once, BLOCK=block,
     )  # fmt: skip
     wide = min(block, 256)
     combine_kernel[(batch, triton.cdiv(classes, wide))](parts, losses, classes, chunks, BLOCK=wide)
-    return losses, bool(outside.any())
+    return losses, outside()
 
 
 def multitask_cross_entropy_backward(scores, targets, losses, grad, hard):
@@ -168,8 +167,9 @@ def multitask_cross_entropy_backward(scores, targets, losses, grad, hard):
     batch, tasks, classes = s.shape
     if s.numel():
         block, at_once = _blocks(classes)
+        grad = grad.reshape(batch, classes)
         backward_kernel[(batch, triton.cdiv(tasks, at_once))](
-            s, t, losses.contiguous(), grad.contiguous(), ds, tasks, classes,
-            *s.stride(), *t.stride(), HARD=hard, TASKS=at_once, BLOCK=block,
+            s, t, losses.contiguous(), grad, ds, tasks, classes,
+            *s.stride(), *t.stride(), *grad.stride(), HARD=hard, TASKS=at_once, BLOCK=block,
         )  # fmt: skip
     return ds

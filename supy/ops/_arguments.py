@@ -75,6 +75,20 @@ def triton_kernel(module: str, name: str) -> Kernel:
     return Kernel("CUDA", "triton", run, TRITON)
 
 
+def unit_kernel(module: str, name: str, other: Callable) -> Kernel:
+    """As `triton_kernel`, for a gated layer; ``other`` runs where rows of E or S cannot be read 16 bytes at a time."""
+    kernel = triton_kernel(module, name)
+    skipped = int(name.endswith("_backward"))  # the slope of the result, before x, w_in, w_out and gamma
+
+    def run(*args):
+        x, _, w_out, gamma = args[skipped : skipped + 4]
+        E, S = w_out.shape[1], gamma.shape[1]
+        aligned = E % 16 == 0 and S % 16 == 0 and min(x.numel(), E, S) > 0
+        return (kernel.run if aligned else other)(*args)
+
+    return replace(kernel, run=run)
+
+
 def default_scale(scale: float | None, size: int) -> float:
     return float(max(size, 1) ** -0.5 if scale is None else scale)
 
@@ -132,11 +146,17 @@ def define_loss(
         if grad is None:
             return (None,) * (count + ctx.others)
         saved = ctx.saved_tensors
-        grads = saved[:count] if _is_one(grad, saved) else run_backward(grad, *saved)
+        if not _is_plain(grad):
+            grads = run_backward(grad, *saved)
+        elif _is_one(grad, saved):
+            grads = saved[:count]
+        else:
+            grads = scale(grad, *saved)
         return *grads, *(None,) * ctx.others
 
     def scale(grad, *saved):
-        return tuple((grad * d).to(x.dtype) for d, x in zip(saved[:count], saved[count:]))
+        scaled = torch._foreach_mul(saved[:count], grad)  # one kernel for all of them
+        return tuple(d.to(x.dtype) for d, x in zip(scaled, saved[count:]))
 
     def fake_scale(grad, *saved):
         return tuple(x.new_empty(x.shape) for x in saved[count:])
@@ -158,11 +178,16 @@ def define_loss(
     )
 
 
+def _is_plain(grad: torch.Tensor) -> bool:
+    """Whether the dispatcher would only run the kernel: nothing records, traces or transforms."""
+    if type(grad) is not torch.Tensor or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _is_one(grad: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> bool:
-    """Whether scaling the saved gradients would only copy them, as after ``loss.backward()``; looked up on the CPU only."""
-    plain = type(grad) is torch.Tensor and grad.device.type == "cpu" and not torch.is_grad_enabled()
-    same = saved[0].dtype == saved[-1].dtype
-    return plain and same and not torch.compiler.is_compiling() and grad.item() == 1
+    """Whether scaling the saved gradients would only copy them, as after ``loss.backward()``; the CPU is asked alone."""
+    return grad.device.type == "cpu" and saved[0].dtype == saved[-1].dtype and grad.item() == 1
 
 
 def fake_spans(q, *_):

@@ -99,7 +99,7 @@ _spans = define(
     fake=fake_spans,
     kernels=(
         Kernel("CPU", "cpp", _cpp_spans, NATIVE),
-        triton_kernel("efficient_global_pointer", "efficient_global_pointer_spans"),
+        triton_kernel("efficient_global_pointer_spans", "efficient_global_pointer_spans"),
     ),
 )
 

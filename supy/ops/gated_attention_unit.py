@@ -9,7 +9,7 @@ import torch
 from supy import _extension
 from supy._checks import Shapes, require
 from supy._library import Gradient, Kernel, define
-from supy.ops._arguments import NATIVE, TRITON, check_unit, default_scale, unit_stride, wants_gradient
+from supy.ops._arguments import NATIVE, TRITON, check_unit, default_scale, unit_kernel, unit_stride, wants_gradient
 from supy.ops.gau_attention import OPTIONS, check_options, stats_like
 from supy.ops.rotary import arange_table
 from supy.reference import gated_attention_unit as reference
@@ -62,25 +62,27 @@ def _cpp_backward(grad, x, w_in, w_out, gamma, beta, cosine, sine, *rest):
     return dx, dw_in, dw_out, dgamma.to(gamma.dtype), dbeta.to(beta.dtype)
 
 
-# On CUDA the projections are torch's own products, and the attention between them is supy's operator.
-_cuda = functools.partial(reference.gated_attention_unit, attention=torch.ops.supy.gau_attention.default)
-_cuda_backward = functools.partial(
+# Rows that cannot be read 16 bytes at a time go through supy's operator for the attention alone, torch around it.
+_around = functools.partial(reference.gated_attention_unit, attention=torch.ops.supy.gau_attention.default)
+_around_backward = functools.partial(
     reference.gated_attention_unit_backward, attention_backward=torch.ops.supy.gau_attention_backward.default
 )
+_cuda = unit_kernel("gated_attention_unit", "gated_attention_unit", _around)
+_cuda_backward = unit_kernel("gated_attention_unit", "gated_attention_unit_backward", _around_backward)
 
 _unit = define(
     f"gated_attention_unit({_TENSORS}, {OPTIONS}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.gated_attention_unit,
     fake=_fake,
     gradient=Gradient(_save, _backward),
-    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE), Kernel("CUDA", "triton", _cuda, TRITON)),
+    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE), _cuda),
 )
 _unit_backward = define(
     f"gated_attention_unit_backward(Tensor grad, {_TENSORS}, Tensor h, Tensor attended, Tensor stats, {OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.gated_attention_unit_backward,
     fake=_fake_backward,
-    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), Kernel("CUDA", "triton", _cuda_backward, TRITON)),
+    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), _cuda_backward),
 )
 
 

@@ -9,13 +9,13 @@ import torch
 from supy import _extension
 from supy._checks import Shapes
 from supy._library import Gradient, Kernel, define
-from supy.ops._arguments import NATIVE, TRITON, check_lengths, check_unit, unit_stride, wants_gradient
+from supy.ops._arguments import NATIVE, TRITON, check_lengths, check_unit, unit_kernel, unit_stride, wants_gradient
 from supy.ops.mixed_chunk_attention import OPTIONS, check_options, chunk_weights, segment_of
 from supy.ops.rotary import arange_table
 from supy.reference import mixed_chunk_layer as reference
 
 _TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor gamma, Tensor beta, Tensor cosine, Tensor sine"
-_KEPT = 1 << 30  # bytes of x w_in^T that the causal form keeps on the CPU, of each sample's first tokens
+_KEPT = 1 << 30  # bytes of x w_in^T that are kept, on the CPU, causal, of each sample's first tokens
 
 
 def _save(ctx, inputs, output):
@@ -46,10 +46,12 @@ def _fake_backward(grad, x, w_in, w_out, gamma, beta, *_):
 
 
 def _kept_tokens(x, w_in, segment):
-    """T, or, causal, as many segments as there is room for."""
+    """T; where there is no room for it, on CUDA none and, causal on the CPU, as many segments as fit."""
     B, T, _ = x.shape
     room = _KEPT // max(B * w_in.shape[0] * x.element_size(), 1)
-    return room // segment * segment if segment and room < T else T
+    if room >= T or (x.device.type == "cpu" and not segment):
+        return T
+    return room // segment * segment if segment else 0
 
 
 def _dense(*tensors):
@@ -85,12 +87,20 @@ def _cpp_backward(grad, x, w_in, w_out, gamma, beta, cosine, sine, sums, h, leng
 
 
 _attention = torch.ops.supy.mixed_chunk_attention.default
-# On CUDA the projections are torch's own products, and the attention between them is supy's operator.
-_cuda = functools.partial(reference.mixed_chunk_layer, attention=_attention)
-_cuda_backward = functools.partial(
-    reference.mixed_chunk_layer_backward,
-    attention=_attention,
-    attention_backward=torch.ops.supy.mixed_chunk_attention_backward.default,
+# Rows that cannot be read 16 bytes at a time go through supy's operator for the attention alone.
+_cuda = unit_kernel(
+    "mixed_chunk_attention",
+    "mixed_chunk_layer",
+    functools.partial(reference.mixed_chunk_layer, attention=_attention),
+)
+_cuda_backward = unit_kernel(
+    "mixed_chunk_attention",
+    "mixed_chunk_layer_backward",
+    functools.partial(
+        reference.mixed_chunk_layer_backward,
+        attention=_attention,
+        attention_backward=torch.ops.supy.mixed_chunk_attention_backward.default,
+    ),
 )
 
 _layer = define(
@@ -98,14 +108,14 @@ _layer = define(
     reference.mixed_chunk_layer,
     fake=_fake,
     gradient=Gradient(_save, _backward),
-    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE), Kernel("CUDA", "triton", _cuda, TRITON)),
+    kernels=(Kernel("CPU", "cpp", _cpp, NATIVE), _cuda),
 )
 _layer_backward = define(
     f"mixed_chunk_layer_backward(Tensor grad, {_TENSORS}, Tensor sums, Tensor h, Tensor? lengths, {OPTIONS}, "
     "int segment, SymInt keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.mixed_chunk_layer_backward,
     fake=_fake_backward,
-    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), Kernel("CUDA", "triton", _cuda_backward, TRITON)),
+    kernels=(Kernel("CPU", "cpp", _cpp_backward, NATIVE), _cuda_backward),
 )
 
 
@@ -127,8 +137,8 @@ def mixed_chunk_layer(
         y = (u * (quadratic + linear)) w_out^T    with both parts as in :func:`supy.ops.mixed_chunk_attention`
 
     On the CPU some hundred tokens are worked on at a time, forward and backward, and what is kept for the gradient is
-    x w_in^T; under ``causal`` no more than 1 GB of it, and the gradient computes the rest again. Gradients of the
-    weights add up in float32.
+    x w_in^T; under ``causal`` no more than 1 GB of it, and the gradient computes the rest again. On CUDA up to 1 GB is
+    kept, else none. Gradients of the weights add up in float32.
 
     Args:
         x: `[B, T, D]`, any floating-point dtype.
@@ -154,9 +164,8 @@ def mixed_chunk_layer(
     check_lengths(shapes, lengths, x)
     check_options(op, chunk_size, normalizer)
     tensors = x, w_in, w_out, gamma, beta
-    # CUDA computes everything again, of all tokens at once.
-    saves = x.device.type == "cpu" and wants_gradient(*tensors)
-    segment = segment_of(chunk_size) if saves and causal else 0
+    saves = wants_gradient(*tensors)
+    segment = segment_of(chunk_size) if saves and causal and x.device.type == "cpu" else 0
     keep = _kept_tokens(x, w_in, segment) if saves else 0
     table = arange_table(x, shapes["T"], shapes["S"] // 2)
     return _layer(*tensors, *table, lengths, chunk_size, causal, normalizer, segment, keep)[0]

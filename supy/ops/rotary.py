@@ -108,8 +108,10 @@ def rotary(
 def arange_table(x: torch.Tensor, length: int, half: int, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine `[length, half]` for positions 0 to length - 1, on the device of ``x`` and as precise as it needs."""
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # Fake tensors, subclasses and graphs under compilation must not share tables with plain tensors.
+    # Fake tensors, subclasses and graphs under compilation must not share tables with plain tensors; what is made while
+    # a CUDA graph is captured exists only when the graph runs.
     plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    plain = plain and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
     table = _cached_arange_table if plain else _arange_table
     return table(length, half, base, x.device, precise)
 
