@@ -21,6 +21,15 @@ inline void check_shape(const TensorView& x, const char* op, const char* name, c
   SUPY_CHECK(!x.is_cuda(), op, name << " must be in CPU memory");
 }
 
+// A contiguous tensor of this dtype and shape.
+template <typename T>
+T* dense(const TensorView& x, const char* op, const char* name, DType dtype, const std::vector<int64_t>& shape) {
+  check_shape(x, op, name, shape);
+  check_dtype(x, op, name, dtype);
+  SUPY_CHECK(x.is_contiguous(), op, name << " must be contiguous");
+  return x.data<T>();
+}
+
 // An int32 or int64 tensor with one axis.
 inline std::vector<int64_t> integers(const TensorView& x, const char* op, const char* name) {
   SUPY_CHECK(x.dim() == 1 && !x.is_cuda(), op, name << " has shape " << x.shape() << ", expected one axis in CPU memory");

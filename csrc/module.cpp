@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, module) {
     info["cuda"] = SUPY_CUDA_VERSION;
     info["cuda_architectures"] = SUPY_CUDA_ARCHITECTURES;
     info["instruction_set"] = supy::name_of(supy::instruction_set());
+    info["bf16_products"] = supy::matrix_unit() != supy::MatrixUnit::none;
     return info;
   });
   // What one call costs: two tensors in, nothing done (benchmarks/table.py).

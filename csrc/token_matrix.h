@@ -16,15 +16,6 @@ inline TokenMatrix token_matrix(const TensorView& x, const char* op, const char*
   return {x.data<void>(), x.stride(0), x.stride(1)};
 }
 
-// A contiguous tensor of this dtype and shape.
-template <typename T>
-T* dense(const TensorView& x, const char* op, const char* name, DType dtype, const std::vector<int64_t>& shape) {
-  check_shape(x, op, name, shape);
-  check_dtype(x, op, name, dtype);
-  SUPY_CHECK(x.is_contiguous(), op, name << " must be contiguous");
-  return x.data<T>();
-}
-
 struct VisibleRows {
   std::vector<int64_t> lengths, first, last;
   std::vector<float> factor, share;

@@ -31,5 +31,6 @@ def _load():
 
 
 C, missing = _load()
+has_cuda = C is not None and bool(C.build_info()["cuda"])
 if missing:
     log.info("%s. Operators run on their PyTorch reference.", missing)

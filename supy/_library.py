@@ -88,20 +88,23 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted = before
 
 
-def is_plain(*tensors: torch.Tensor | None) -> bool:
+def is_plain(*tensors: torch.Tensor | None, gradients: bool = False, cuda: bool = False) -> bool:
     """Whether the dispatcher would do no more than call the C++ kernel of these tensors.
 
-    A small operator calls it at once then, for the dispatcher takes longer than 10,000 numbers.
+    A small operator calls it at once then, for the dispatcher takes longer than 10,000 numbers. With ``gradients`` the
+    caller records them itself, and with ``cuda`` it has a kernel for tensors in GPU memory too.
     """
     if _wanted is not None or _extension.C is None or torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    records = torch.is_grad_enabled()
+    records = not gradients and torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) is not torch.Tensor or not tensor.is_cpu or tensor.is_neg():
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+        if not (tensor.is_cpu or (cuda and tensor.is_cuda and _extension.has_cuda)) or tensor.is_neg():
             return False
         if records and tensor.requires_grad:
             return False

@@ -123,6 +123,26 @@ def _normals(B, T, dtype):
     return [torch.zeros(B, T, dtype=dtype)], {"seed": 1, "offset": 7 * T + 1}
 
 
+def _linear(B, T, dtype):
+    return [*_floats(dtype, (T, 3), (7, 3), (7,)), torch.arange(T)], {"floor": torch.zeros(T, dtype=dtype)}
+
+
+def _linear_argmax(x, weight, bias, exclude, floor):
+    return supy.ops.linear_argmax(x, weight, bias, exclude=exclude, floor=floor)
+
+
+def _deep_norm(**options):
+    def make(B, T, dtype):
+        return _floats(dtype, (B, T, 6), (B, T, 6)), {"alpha": 1 + T / 7} | options
+
+    return make
+
+
+def _deep_norm_affine(B, T, dtype):
+    x, branch, weight, bias = _floats(dtype, (B, T, 6), (B, T, 6), (6,), (6,))
+    return [x, branch, weight, bias], {"alpha": 1 + T / 7}
+
+
 def _edges(G, T):
     return torch.randint(max(T, 1), (3 * G * T, 2))
 
@@ -145,6 +165,8 @@ TABLE = {
     "ddpm_add_noise": Row(_steps(1, alpha_bar=None, beta_bar=0.8, seed=1)),
     "ddpm_step": Row(_steps(2, alpha=0.9, beta=0.4, beta_bar=None, sigma=0.3, seed=1, offset=3)),
     "ddpm_step out": Row(_step_out, differentiable=False),
+    "deep_norm": Row(_deep_norm_affine),
+    "deep_norm rms": Row(_deep_norm(kind="rms", dropout=0.3, seed=5, offset=3)),
     "efficient_global_pointer_loss": Row(_efficient(loss=True)),
     "efficient_global_pointer_scores": Row(
         _efficient(loss=False), any_order=True, checks_gradient=False
@@ -158,6 +180,7 @@ TABLE = {
     "global_pointer_loss": Row(_full(loss=True)),
     "global_pointer_scores": Row(_full(loss=False), any_order=True, checks_gradient=False),
     "global_pointer_spans": Row(_full(loss=False), differentiable=False),
+    "linear_argmax": Row(_linear, differentiable=False),
     "maximal_cliques": Row(_graph, differentiable=False),
     "mixed_chunk_attention": Row(_mixed_chunk()),
     "mixed_chunk_attention causal": Row(_mixed_chunk(causal=True, lengths=None)),
@@ -180,11 +203,19 @@ def _normals_like(x, **keywords):
     return supy.ops.philox_normal(getattr(x, "shape", ()), out=out, **keywords)
 
 
+def _deep_norm_ordered(x, branch, weight, bias, alpha):
+    return supy.ops.deep_norm(x, branch, alpha, weight, bias)
+
+
 def _function(name):
+    if name == "deep_norm":
+        return _deep_norm_ordered
     if name == "ddpm_add_noise":
         return lambda *tensors, **keywords: supy.ops.ddpm_add_noise(*tensors, **keywords)[0]
     if name == "philox_normal":
         return _normals_like
+    if name == "linear_argmax":
+        return _linear_argmax
     return getattr(supy.ops, name.split()[0])
 
 

@@ -2,9 +2,8 @@
 
 #include <cmath>
 #include <cstring>
-#include <fstream>
-#include <string>
 
+#include "cache.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -17,18 +16,6 @@ namespace {
 constexpr int64_t GRAIN = 8192;  // values worth a thread of their own
 
 int64_t item_size(StepType type) { return type == StepType::f32 ? 4 : 2; }
-
-// The last level's size as the system tells it of one processor: sysconf counts the whole machine of a guest.
-int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    std::string text;
-    int64_t found = 32 << 20;
-    if (file >> text && text.back() == 'K') found = std::atoll(text.c_str()) * 1024;
-    return found;
-  }();
-  return bytes;
-}
 
 }  // namespace
 

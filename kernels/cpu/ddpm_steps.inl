@@ -1,7 +1,5 @@
 #include "vector.inl"
-
-typedef uint64_t wide __attribute__((vector_size(4 * LANES)));
-static constexpr int WIDE = LANES / 2;
+#include "stream.inl"
 
 static inline ivec bits_as_int(vec x) { return (ivec)x; }
 static inline vec bits_as_float(ivec bits) { return (vec)bits; }
@@ -22,111 +20,12 @@ static inline vec root(vec x) {
 
 #include "philox.inl"  // after what it calls for vectors
 
-// Products of the lower halves.
-static inline wide multiply(wide a, uint32_t factor) {
-#if SUPY_LANES == 16
-  typedef long long signed_wide __attribute__((vector_size(64)));
-  return (wide)__builtin_ia32_pmuludq512_mask((ivec)a, (ivec)(wide{} + factor), signed_wide{}, -1);
-#elif SUPY_LANES == 8
-  return (wide)__builtin_ia32_pmuludq256((ivec)a, (ivec)(wide{} + factor));
-#else
-  return (a & 0xffffffff) * factor;
-#endif
-}
-
-struct Keys {
-  uint32_t word[10][2];
-  explicit Keys(uint64_t seed) {
-    for (uint32_t round = 0; round < 10; ++round) {
-      word[round][0] = (uint32_t)seed + round * PHILOX_STEP0;
-      word[round][1] = (uint32_t)(seed >> 32) + round * PHILOX_STEP1;
-    }
-  }
-};
-
-// Words of WIDE blocks in the lower halves of their lanes; what is in the upper halves does not matter.
-struct Words {
-  wide a, b, c, d;
-
-  // Rounds 1 and 2 know that the counter's upper half is 0 and that its second word is the same in all lanes.
-  static inline Words begin(wide low, uint32_t high, const Keys& keys) {
-    const wide first = multiply(low, PHILOX_FACTOR0);
-    const uint64_t a = (uint64_t)(high ^ keys.word[0][0]) * PHILOX_FACTOR0;
-    const wide second = multiply((first >> 32) ^ (wide{} + keys.word[0][1]), PHILOX_FACTOR1);
-    return {(second >> 32) ^ (wide{} + keys.word[1][0]), second,
-            first ^ (wide{} + ((uint32_t)(a >> 32) ^ keys.word[1][1])), wide{} + (uint32_t)a};
-  }
-  inline void round(const uint32_t key[2]) {
-    const wide first = multiply(a, PHILOX_FACTOR0), second = multiply(c, PHILOX_FACTOR1);
-    a = (second >> 32) ^ b ^ (wide{} + key[0]);
-    b = second;
-    c = (first >> 32) ^ d ^ (wide{} + key[1]);
-    d = first;
-  }
-};
-
-static inline uvec joined(wide even, wide odd) { return (uvec)((even & 0xffffffff) | odd << 32); }
-
-// The two 4 x 4 transposes of which those in each group of four lanes consist.
-template <int FIRST, int SECOND, int THIRD, int FOURTH>
-static inline vec shuffle(vec a, vec b) {  // places of a group of a, then, from 4 on, of b
-  constexpr int place[4] = {FIRST, SECOND, THIRD, FOURTH};
-  ivec from;
-  for (int l = 0; l < LANES; ++l) from[l] = l / 4 * 4 + place[l % 4] % 4 + (place[l % 4] >= 4 ? LANES : 0);
-  return __builtin_shuffle(a, b, from);
-}
-
-static constexpr int GROUP = 4 * LANES;  // numbers that are made together
-
-// Stores that pass the caches by; they want addresses aligned to the vector.
-static inline void streamv(float* p, vec v) {
-#if SUPY_LANES == 16
-  __builtin_ia32_movntps512(p, v);
-#elif SUPY_LANES == 8
-  __builtin_ia32_movntps256(p, v);
-#else
-  storev(p, v);
-#endif
-}
-template <class T>
-static inline void streamv(T* p, vec v) {
-#if SUPY_LANES > 4
-  typedef long long line __attribute__((vector_size(2 * LANES)));
-  T rounded[LANES];
-  line all;
-  storev(rounded, v);
-  __builtin_memcpy(&all, rounded, sizeof all);
-#endif
-#if SUPY_LANES == 16
-  __builtin_ia32_movntdq256((line*)p, all);
-#elif SUPY_LANES == 8
-  __builtin_ia32_movntdq((line*)p, all);
-#else
-  storev(p, v);
-#endif
-}
-template <bool STREAM, class T>
-static inline void put(T* p, vec v) {
-  if (STREAM)
-    streamv(p, v);
-  else
-    storev(p, v);
-}
-static inline void end_of_stream() {
-#if SUPY_LANES > 4
-  __builtin_ia32_sfence();
-#endif
-}
+#include "philox_words.inl"
 
 // `groups` groups of numbers from block `counter` of the stream on.
 template <bool STREAM, class T>
 static void normal_groups(T* out, int64_t groups, uint64_t counter, uint64_t seed, const Keys& keys) {
-  // Lane l of a group of 4 lanes makes the numbers that the transposition below puts in place.
-  wide even, odd;
-  for (int j = 0; j < WIDE; ++j) {
-    even[j] = LANES / 4 * (2 * j % 4) + 2 * j / 4;
-    odd[j] = LANES / 4 * ((2 * j + 1) % 4) + (2 * j + 1) / 4;
-  }
+  const Order order;
   for (; groups > 0; --groups, counter += LANES, out += GROUP) {
     const uint32_t low = (uint32_t)counter, high = (uint32_t)(counter >> 32);
     if (low > 0xffffffffu - LANES) {  // the second word changes inside the group
@@ -135,21 +34,13 @@ static void normal_groups(T* out, int64_t groups, uint64_t counter, uint64_t see
       for (int i = 0; i < 4; ++i) storev(out + i * LANES, loadv(numbers + i * LANES));
       continue;
     }
-    Words x = Words::begin(even + low, high, keys), y = Words::begin(odd + low, high, keys);
-#pragma GCC unroll 8
-    for (int round = 2; round < 10; ++round) {
-      x.round(keys.word[round]);
-      y.round(keys.word[round]);
-    }
-    vec n0, n1, n2, n3;
-    box_muller<vec, ivec, uvec>(joined(x.a, y.a), joined(x.b, y.b), n0, n1);
-    box_muller<vec, ivec, uvec>(joined(x.c, y.c), joined(x.d, y.d), n2, n3);
-    const vec low01 = shuffle<0, 4, 1, 5>(n0, n1), high01 = shuffle<2, 6, 3, 7>(n0, n1);
-    const vec low23 = shuffle<0, 4, 1, 5>(n2, n3), high23 = shuffle<2, 6, 3, 7>(n2, n3);
-    put<STREAM>(out, shuffle<0, 1, 4, 5>(low01, low23));
-    put<STREAM>(out + LANES, shuffle<2, 3, 6, 7>(low01, low23));
-    put<STREAM>(out + 2 * LANES, shuffle<0, 1, 4, 5>(high01, high23));
-    put<STREAM>(out + 3 * LANES, shuffle<2, 3, 6, 7>(high01, high23));
+    Words x, y;
+    order.words(low, high, keys, x, y);
+    vec n[4];
+    box_muller<vec, ivec, uvec>(joined(x.a, y.a), joined(x.b, y.b), n[0], n[1]);
+    box_muller<vec, ivec, uvec>(joined(x.c, y.c), joined(x.d, y.d), n[2], n[3]);
+    in_order(n);
+    for (int i = 0; i < 4; ++i) put<STREAM>(out + i * LANES, n[i]);
   }
 }
 
@@ -161,11 +52,6 @@ static inline const T* normal_block(T* buffer, int64_t count, uint64_t first, ui
   const int64_t skipped = first % 4;
   normal_groups<false>(buffer, (skipped + count + GROUP - 1) / GROUP, first / 4, seed, keys);
   return buffer + skipped;
-}
-
-template <class T>
-static inline bool aligned_to_vector(const T* p) {
-  return (uintptr_t)p % (sizeof(T) * LANES) == 0;
 }
 
 template <class T>

@@ -17,12 +17,16 @@ namespace supy {
 namespace hull {
 
 constexpr int64_t line = 16, block = 32;
+constexpr int64_t WIDE = 4 * line;  // a row that fills vectors by itself: all rows are not copied into blocks
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 void block_products(const double* rows, int64_t blocks, int64_t n, const double* x, double* out) {
   SUPY_SELECT(block_products, rows, blocks, n, x, out);
+}
+void row_products(const double* rows, int64_t count, int64_t n, const double* x, double* out) {
+  SUPY_SELECT(row_products, rows, count, n, x, out);
 }
 void project_out(const double* q, int64_t count, int64_t size, double* v, double* coefficients) {
   SUPY_SELECT(project_out, q, count, size, v, coefficients);
@@ -56,20 +60,37 @@ class Blocks {
   std::vector<double> data_;
 };
 
+// All rows.
+class Rows {
+ public:
+  explicit Rows(const HullSeparationParams& p) : p_(p), blocks_(p.n) {
+    for (int64_t i = 0; i < p.num_rows && p.n < WIDE; ++i) blocks_.add(p.rows + i * p.n);
+  }
+  int64_t count() const { return p_.num_rows; }
+  int64_t capacity() const { return padded(count(), block); }
+  void products(const double* x, double* out) const {
+    p_.n < WIDE ? blocks_.products(x, out) : row_products(p_.rows, p_.num_rows, p_.n, x, out);
+  }
+
+ private:
+  const HullSeparationParams& p_;
+  Blocks blocks_;
+};
+
 // What all classes share.
 struct Problem {
   explicit Problem(const HullSeparationParams& params)
-      : p(params), rows(params.n), likely(params.n), norms(params.num_rows) {
+      : p(params), rows(params), likely(params.n), norms(params.num_rows) {
     for (int64_t s = 0; s < p.num_start; ++s) likely.add(p.rows + p.start[s] * p.n);
     for (int64_t i = 0; i < p.num_rows; ++i) {
-      rows.add(p.rows + i * p.n);
       double sum = 0;
       for (int64_t j = 0; j < p.n; ++j) sum += p.rows[i * p.n + j] * p.rows[i * p.n + j];
       norms[i] = std::sqrt(sum);
     }
   }
   const HullSeparationParams& p;
-  Blocks rows, likely;  // all, and those of start
+  Rows rows;
+  Blocks likely;  // those of start
   std::vector<double> norms;
 };
 
@@ -255,7 +276,8 @@ class Search {
     return scan(k, problem_.likely, p_.start, separated) || scan(k, problem_.rows, nullptr, separated);
   }
 
-  bool scan(int64_t k, const Blocks& rows, const int64_t* ids, bool* separated) {
+  template <class AnyRows>
+  bool scan(int64_t k, const AnyRows& rows, const int64_t* ids, bool* separated) {
     const bool first = passive_.empty();
     for (int64_t j = 0; j < n_; ++j) u_[j] = first ? p_.rows[k * n_ + j] : -residual_[j];
     rows.products(u_.data(), gaps_.data());

@@ -12,6 +12,21 @@ static void block_products(const double* __restrict rows, int64_t blocks, int64_
   }
 }
 
+// out[i] = rows_i . x, where rows is [count, n].
+static void row_products(const double* __restrict rows, int64_t count, int64_t n, const double* __restrict x,
+                         double* __restrict out) {
+  for (int64_t r = 0; r < count; ++r, rows += n) {
+    double sum[line] = {};
+    int64_t j = 0;
+    for (; j + line <= n; j += line)
+      for (int64_t i = 0; i < line; ++i) sum[i] += rows[j + i] * x[j + i];
+    for (; j < n; ++j) sum[0] += rows[j] * x[j];
+    for (int64_t half = line / 2; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) sum[i] += sum[i + half];
+    out[r] = sum[0];
+  }
+}
+
 // v -= Q Q^T v, with the coefficients added to `coefficients`: q is [count, size], orthonormal rows.
 static void project_out(const double* __restrict q, int64_t count, int64_t size, double* __restrict v,
                         double* __restrict coefficients) {

@@ -3,6 +3,7 @@
 from supy.ops.ddim_step import ddim_step
 from supy.ops.ddpm_add_noise import ddpm_add_noise
 from supy.ops.ddpm_step import ddpm_step
+from supy.ops.deep_norm import deep_norm
 from supy.ops.efficient_global_pointer import (
     efficient_global_pointer_loss,
     efficient_global_pointer_scores,
@@ -15,6 +16,7 @@ from supy.ops.global_pointer import (
     global_pointer_scores,
     global_pointer_spans,
 )
+from supy.ops.linear_argmax import linear_argmax
 from supy.ops.maximal_cliques import (
     BatchedCliques,
     CliqueLimitError,
@@ -43,6 +45,7 @@ __all__ = [
     "ddim_step",
     "ddpm_add_noise",
     "ddpm_step",
+    "deep_norm",
     "efficient_global_pointer_loss",
     "efficient_global_pointer_scores",
     "efficient_global_pointer_spans",
@@ -51,6 +54,7 @@ __all__ = [
     "global_pointer_loss",
     "global_pointer_scores",
     "global_pointer_spans",
+    "linear_argmax",
     "maximal_cliques",
     "mixed_chunk_attention",
     "mixed_chunk_layer",
