@@ -21,7 +21,7 @@ bench: $(VENV)/ready-bench
 	$(RUN) -m pytest benchmarks -q
 
 # The install is editable, so only native sources and the build's own files ask for a new one.
-$(VENV)/ready-run: EXTRA :=
+$(VENV)/ready-run: EXTRA := [demo]
 $(VENV)/ready-test: EXTRA := [test]
 $(VENV)/ready-bench: EXTRA := [bench]
 $(VENV)/ready-%: $(SOURCES)

@@ -5,9 +5,9 @@
 torch.Size([1, 2, 4])
 """
 
-from supy import argmax, diffusion, events, models, nn, ops
+from supy import argmax, depth, diffusion, events, models, nn, ops
 from supy._library import use_backend
 from supy.ops import CliqueLimitError
 
 __version__ = "0.1.0"
-__all__ = ["CliqueLimitError", "argmax", "diffusion", "events", "models", "nn", "ops", "use_backend", "__version__"]
+__all__ = ["CliqueLimitError", "argmax", "depth", "diffusion", "events", "models", "nn", "ops", "use_backend", "__version__"]

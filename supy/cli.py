@@ -13,6 +13,7 @@ from pathlib import Path
 
 from supy._checks import positive
 from supy.argmax import commands as argmax_commands
+from supy.depth import commands as depth_commands
 from supy.diffusion import commands as diffusion_commands
 from supy.events import (
     DataError,
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     diffusion_commands.add_commands(commands)
     argmax_commands.add_commands(commands)
+    depth_commands.add_commands(commands)
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 
 import numpy as np
 import onnx
@@ -12,7 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
+from supy.argmax import find_unargmaxable
 from supy.argmax.files import read_head
+from supy.argmax.picture import draw_margins
 from supy.cli import main
 
 WEIGHT = np.array([[1.0, 2.0], [2.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=np.float32)
@@ -44,6 +47,28 @@ def test_check_and_verify(head, tmp_path, capsys):
     report.write_text(json.dumps(whole))
     assert main(["argmax", "verify", str(report), str(head)]) == 1
     assert "class 4: residual" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix, begins", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_of_the_margins(head, tmp_path, suffix, begins):
+    picture = tmp_path / f"margins.{suffix}"
+    assert main(["argmax", "check", str(head), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(begins) and len(list(tmp_path.iterdir())) == 2
+    if suffix == "svg":  # every verdict of this layer is in the legend
+        assert all(f"<!-- {text} -->" in picture.read_text() for text in ("4 argmaxable", "1 unargmaxable"))
+
+
+@pytest.mark.parametrize("weight", [np.ones((1, 2)), np.zeros((3, 2)), np.array([[1.0], [2.0], [3.0], [3.0]])])
+def test_pictures_of_odd_layers(weight, tmp_path):
+    draw_margins(tmp_path / "margins.png", find_unargmaxable(weight))
+    assert (tmp_path / "margins.png").stat().st_size > 0
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_search(head, tmp_path, monkeypatch, capsys):
+    assert "ends in .png, .pdf, .svg" in refused(capsys, head, "--picture", tmp_path / "margins.jpeg")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install supy[picture]" in refused(capsys, head, "--picture", tmp_path / "margins.png")
 
 
 def test_the_bounds_are_part_of_the_report(tmp_path, capsys):
@@ -104,8 +129,10 @@ def test_bad_files(head, tmp_path, capsys):
     assert "1 labels, the layer has 5" in refused(capsys, head, "--labels", tmp_path / "labels.txt")
     np.savez(tmp_path / "plain.npz", weight=WEIGHT)
     assert "no array is called 'labels'" in refused(capsys, head, "--labels", tmp_path / "plain.npz")
-    assert main(["argmax", "verify", str(tmp_path / "x.txt"), str(head)]) == 2
-    assert "not a report" in capsys.readouterr().err
+    for text in ("", '{"format": "supy.argmax/2", "options": {}, "groups": [[1e30]], "classes": []}'):
+        (tmp_path / "x.txt").write_text(text)
+        assert main(["argmax", "verify", str(tmp_path / "x.txt"), str(head)]) == 2
+        assert "not a report" in capsys.readouterr().err
 
 
 def test_onnx(tmp_path, capsys):

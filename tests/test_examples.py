@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,3 +199,32 @@ def test_generated_poems_and_their_rows(poems):
     text = "".join(alphabet.characters[i] if i > 1 else "|" for i in ids.flatten())
     assert "".join(f"|{poem}" for poem in some).startswith(text)
     assert alphabet.encode("龘") == [0]
+
+
+def test_dead_classes_of_random_rows():
+    environment = {name: value for name, value in os.environ.items() if name != "SUPY_DATA"}
+    hide = "import sys, runpy; sys.modules['g2pM'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", hide, EXAMPLES / "dead_classes.py"], capture_output=True, text=True,
+                         env=environment)  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "of 500 classes can never be predicted" in ran.stdout and "in float64: 0 wrong" in ran.stdout
+
+
+def test_dead_classes_reads_arrays_alone(tmp_path, monkeypatch):
+    """A package laid out as g2pM is, with a layer in it and then with something executable."""
+    example, package = load("dead_classes"), tmp_path / "g2pM"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise AssertionError('the package was imported')")
+    weight, bias = np.eye(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
+    state = {"logit_layer.2.weight": weight, "logit_layer.2.bias": bias}
+    # The name that NumPy 1 wrote, as in the package.
+    written = pickle.dumps(state, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (package / "np_ckpt.pkl").write_bytes(written)
+    (package / "class2idx.pkl").write_bytes(pickle.dumps({"b1": 1, "a1": 0, "c1": 2}, protocol=2))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SUPY_DATA", "")
+    found = example.g2pm_layer()
+    assert (found[0] == weight).all() and (found[1] == bias).all() and found[2] == ["a1", "b1", "c1"]
+    (package / "class2idx.pkl").write_bytes(pickle.dumps(print))
+    with pytest.raises(pickle.UnpicklingError, match="print is not an array"):
+        example.g2pm_layer()

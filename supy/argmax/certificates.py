@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +25,15 @@ class Layer:
     def rows(self, index) -> np.ndarray:
         return self.weight[index].astype(np.float64, copy=False)
 
+    def digest(self) -> str:
+        arrays = (self.weight, self.bias, self.lower, self.upper)
+        text = f"{self.weight.shape} {self.weight.dtype}"
+        return hashlib.sha256(b"".join([text.encode(), *(_digest(array) for array in arrays)])).hexdigest()
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array)).digest()
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -32,8 +42,8 @@ class Certificate:
     argmaxable: with the input ``witness`` its logit exceeds every other one by ``margin``, which is more than
     ``rounding``, a bound of the rounding errors of the float64 evaluation: the claim holds in exact arithmetic.
 
-    tied: the classes ``twins`` have the same weights and bias, and with ``witness`` they all exceed the others by
-    ``margin``. (Without others the margin is infinite.)
+    tied: the classes ``twins``, this one among them, have the same weights and bias, and with ``witness`` all of them
+    exceed the others by ``margin``. (Without others the margin is infinite.)
 
     unargmaxable: the multipliers ``dominators`` (class: multiplier, positive, of sum one) average the logits of other
     classes; for every allowed x that average exceeds this class's logit by ``surplus`` or more, up to the product of x
@@ -55,15 +65,24 @@ class Certificate:
     surplus: float | None = None
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a search leaves to the next one of a layer: inputs by class, and how often each class excluded others."""
+
+    inputs: Callable[[int], np.ndarray | None]
+    popularity: np.ndarray
+
+
 class Report(Sequence):
     """What ``find_unargmaxable`` found: the sequence of the K verdicts, and their proofs.
 
     ``verdicts`` is the list of them, ``classes(verdict)`` lists who has one, ``certificate(k)`` proves it.
     """
 
-    def __init__(self, layer: Layer, verdicts: list[str], witnesses, dominators, groups):
-        self.layer, self.verdicts = layer, verdicts
+    def __init__(self, layer: Layer, verdicts: list[str], witnesses, dominators, groups, hints: Hints):
+        self.layer, self.verdicts, self.hints = layer, verdicts, hints
         self._witnesses, self._dominators, self._groups = witnesses, dominators, groups
+        self._tied: dict[int, tuple[float, float]] = {}  # margin and rounding of a group, by its least class
 
     def __len__(self) -> int:
         return len(self.verdicts)
@@ -85,7 +104,7 @@ class Report(Sequence):
         verdict, twins = self.verdicts[k], ()
         if verdict in ("argmaxable", "tied"):
             if verdict == "tied":
-                twins = tuple(other for other in self._groups(k).tolist() if other != k)
+                twins = self._groups(k)  # one object for all of them, however many there are
             return Certificate(k, verdict, np.asarray(self._witnesses(k), dtype=np.float64), twins=twins)
         if verdict == "unargmaxable":
             classes, values = self._dominators(k)
@@ -102,18 +121,30 @@ class Report(Sequence):
             yield from self._with_figures([self.claim(k) for k in range(begin, min(begin + 256, len(self)))])
 
     def _with_figures(self, proofs: list[Certificate]) -> list[Certificate]:
-        won = [m for m, proof in enumerate(proofs) if proof.witness is not None]
-        if won:
-            groups = [(proofs[m].index, *proofs[m].twins) for m in won]
-            figures = witness_margins(self.layer, np.stack([proofs[m].witness for m in won]), groups)
-            for m, margin, rounding in zip(won, *(figure.tolist() for figure in figures)):
-                proofs[m] = replace(proofs[m], margin=margin, rounding=rounding)
+        groups = {}  # a group of equal rows has one witness
+        for proof in proofs:
+            if proof.witness is not None and _group(proof)[0] not in self._tied:
+                groups[_group(proof)[0]] = proof.witness, _group(proof)
+        figures = {}
+        if groups:
+            inputs, members = zip(*groups.values())
+            margins = witness_margins(self.layer, np.stack(inputs), members)
+            figures = dict(zip(groups, zip(*(figure.tolist() for figure in margins))))
+            self._tied |= {group[0]: figures[group[0]] for group in members if len(group) > 1}
         for m, proof in enumerate(proofs):
+            if proof.witness is not None:
+                first = _group(proof)[0]
+                margin, rounding = figures.get(first) or self._tied[first]
+                proofs[m] = replace(proof, margin=margin, rounding=rounding)
             if proof.dominators:
                 one = np.array([proof.index]), *(array[None] for array in _arrays(proof.dominators))
                 residual, surplus = domination(self.layer, *one)[:2, 0].tolist()
                 proofs[m] = replace(proof, residual=residual, surplus=surplus)
         return proofs
+
+
+def _group(proof: Certificate) -> tuple[int, ...]:
+    return proof.twins or (proof.index,)
 
 
 def _arrays(dominators: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -245,14 +276,15 @@ def verify(weight, bias, report: Report | Iterable[Certificate], *, bound=None, 
     layer = read_layer("argmax.verify", weight, bias, bound, nonnegative, lower, upper)
     K = len(layer.weight)
     claims = (report.claim(k) for k in range(len(report))) if isinstance(report, Report) else report
-    problems, seen, won = {}, set(), []
+    problems, seen, won, groups = {}, set(), [], _Groups(layer)
 
     def check_won():
-        inputs, groups = np.stack([proof.witness for proof in won]), [(proof.index, *proof.twins) for proof in won]
-        for m in np.flatnonzero(~wins(layer, inputs, groups)):
-            margin, rounding = witness_margins(layer, inputs[m : m + 1], groups[m : m + 1])
+        inputs, members = np.stack([proof.witness for proof in won]), [_group(proof) for proof in won]
+        for m in np.flatnonzero(~wins(layer, inputs, members)):
+            margin, rounding = witness_margins(layer, inputs[m : m + 1], members[m : m + 1])
             said = f"it wins by {margin[0]:.3g}, with errors up to {rounding[0]:.3g}"
-            problems[groups[m][0]] = f"class {groups[m][0]}: {said}"
+            for k in (won[m].index, *groups.followers(won[m])):
+                problems[k] = f"class {k}: {said}"
         won.clear()
 
     for proof in claims:
@@ -261,10 +293,10 @@ def verify(weight, bias, report: Report | Iterable[Certificate], *, bound=None, 
             problems[k] = f"class {k}: not a class of this layer, or twice in the report"
             continue
         seen.add(k)
-        problem = _check(layer, proof, tolerance)
+        problem = _check(layer, proof, groups, tolerance)
         if problem:
             problems[k] = f"class {k}: {problem}"
-        elif proof.verdict in ("argmaxable", "tied"):
+        elif proof.verdict in ("argmaxable", "tied") and not groups.follows(proof):
             won.append(proof)
             if len(won) == 256:
                 check_won()
@@ -274,7 +306,45 @@ def verify(weight, bias, report: Report | Iterable[Certificate], *, bound=None, 
     return found if len(seen) == K else [*found, f"the report has {len(seen)} classes, the layer {K}"]
 
 
-def _check(layer: Layer, proof: Certificate, tolerance: float) -> str | None:
+class _Groups:
+    """Groups of classes with the same row, each checked once, however many of them claim it."""
+
+    def __init__(self, layer: Layer):
+        self.layer = layer
+        self.known: dict[int, tuple] = {}  # by identity: the tuple, which keeps that its own; its set; what is wrong
+        self.leaders: dict[int, tuple[Certificate, list[int]]] = {}  # the first claim of a group, and who has the same
+
+    def problem(self, proof: Certificate) -> str | None:
+        twins = proof.twins
+        if id(twins) not in self.known:
+            self.known[id(twins)] = twins, frozenset(twins), self._problem(twins)
+        _, members, problem = self.known[id(twins)]
+        return problem if proof.index in members else f"class {proof.index} is not one of its twins"
+
+    def _problem(self, twins: tuple[int, ...]) -> str | None:
+        if len(set(twins)) != len(twins) or not all(0 <= k < len(self.layer.weight) for k in twins):
+            return "its twins are not distinct classes"
+        classes = np.array(twins)
+        other = self.layer.bias[classes] != self.layer.bias[classes[0]]
+        other |= (self.layer.weight[classes] != self.layer.weight[classes[0]]).any(1)
+        return f"class {classes[other][0]} has another row" if other.any() else None
+
+    def follows(self, proof: Certificate) -> bool:
+        """Whether an earlier class of its group makes the same claim; else it is the first."""
+        if not proof.twins:
+            return False
+        leader, followers = self.leaders.setdefault(id(proof.twins), (proof, []))
+        if leader is proof or not np.array_equal(leader.witness, proof.witness):
+            return False
+        followers.append(proof.index)
+        return True
+
+    def followers(self, proof: Certificate) -> list[int]:
+        leader, followers = self.leaders.get(id(proof.twins), (None, []))
+        return followers if leader is proof else []
+
+
+def _check(layer: Layer, proof: Certificate, groups: _Groups, tolerance: float) -> str | None:
     """What is wrong, all but whether a witness wins."""
     k = proof.index
     if proof.verdict == "undecided":
@@ -293,13 +363,6 @@ def _check(layer: Layer, proof: Certificate, tolerance: float) -> str | None:
         return f"the witness has shape {list(x.shape)} or is not finite, expected [{layer.weight.shape[1]}]"
     if (x < layer.lower).any() or (x > layer.upper).any():
         return "the witness is outside the bounds"
-    group = (k, *proof.twins)
-    if (proof.verdict == "tied") != (len(group) > 1) or len(set(group)) != len(group):
-        return "exactly a tied class has twins, other classes with the same row"
-    for twin in proof.twins:
-        if not 0 <= twin < len(layer.weight) or layer.bias[twin] != layer.bias[k]:
-            return f"class {twin} has another row"
-    others = np.array(proof.twins, dtype=np.int64)
-    if (layer.weight[others] != layer.weight[k]).any():
-        return f"class {others[(layer.weight[others] != layer.weight[k]).any(1)][0]} has another row"
-    return None
+    if (proof.verdict == "tied") != (len(proof.twins) > 1):
+        return "exactly a tied class has twins, the classes with the same row"
+    return groups.problem(proof) if proof.twins else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 
 from supy.argmax.certificates import VERDICTS, verify
 from supy.argmax.files import OPTIONS, read_head, read_labels, read_report, write_report
+from supy.argmax.picture import check_picture, draw_margins
 from supy.argmax.search import find_unargmaxable
 
 
@@ -23,7 +25,10 @@ def add_commands(commands) -> None:
     )
     _layer_options(check)
     check.add_argument("--labels", metavar="FILE", help="a class name a line, or an .npz with an array labels")
-    check.add_argument("--json", metavar="FILE", help="write the report with every certificate")
+    check.add_argument("--json", metavar="FILE",
+                       help="write the report with every certificate; until then FILE.partial keeps what is decided, "
+                            "and the same command goes on from there")  # fmt: skip
+    check.add_argument("--picture", metavar="FILE", help="draw the margins (.png, .pdf or .svg; needs matplotlib)")
     check.add_argument("--bound", type=float, help="only inputs with |x_j| at most this count")
     check.add_argument("--nonnegative", action="store_true", help="only inputs of at least 0 count, as behind a ReLU")
     check.add_argument("--lower", type=float, help="only inputs of at least this count")
@@ -53,8 +58,11 @@ def _check(args) -> None:
     if labels is not None and len(labels) != len(weight):
         raise ValueError(f"{args.labels}: {len(labels)} labels, the layer has {len(weight)} classes")
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) not in (None, False)}
+    if args.picture:
+        check_picture(args.picture)
+    partial = f"{args.json}.partial" if args.json else None
     begin = time.perf_counter()
-    report = find_unargmaxable(weight, bias, progress=sys.stderr.isatty(), **options)
+    report = find_unargmaxable(weight, bias, progress=sys.stderr.isatty(), checkpoint=partial, **options)
     seconds = time.perf_counter() - begin
     for verdict in ("unargmaxable", "tied", "undecided"):
         for k in report.classes(verdict):
@@ -63,13 +71,18 @@ def _check(args) -> None:
             if verdict == "unargmaxable":
                 why = f"below an average of {len(proof.dominators)} classes by {proof.surplus:.3g}"
             elif verdict == "tied":
-                why = f"the same row as {', '.join(map(str, proof.twins[:5]))}"
+                others = [str(other) for other in proof.twins[:6] if other != k]
+                why = f"the same row as {', '.join(others[:5])}" + " and more" * (len(proof.twins) > 6)
             print(f"{k}\t{verdict}\t{labels[k] if labels else ''}\t{why}")
     counts = ", ".join(f"{report.verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
     print(f"{len(report)} classes in {seconds:.1f} s: {counts}")
     if args.json:
         write_report(args.json, report, options, labels)
+        shutil.rmtree(partial, ignore_errors=True)  # a leftover is harmless: it is of this very search
         print(f"report written to {args.json}")
+    if args.picture:
+        draw_margins(args.picture, report)
+        print(f"picture written to {args.picture}")
 
 
 def _verify(args) -> int:

@@ -14,9 +14,13 @@ from supy.argmax.certificates import VERDICTS, Certificate, Report
 
 # What output layers are called, the likeliest first; an embedding stands in for the layer that is tied to it.
 _NAMES = ("lm_head", "cls.predictions.decoder", "classifier.out_proj", "classifier", "score", "head", "fc", "output",
-          "linear", "", "wte", "transformer.wte", "model.embed_tokens", "model.shared", "shared")  # fmt: skip
+          "linear", "", "wte", "transformer.wte", "model.embed_tokens", "model.shared", "shared",
+          *(f"{model}embeddings.word_embeddings" for model in ("", "bert.", "roberta.")))  # fmt: skip
+FORMAT = "supy.argmax/2"
 OPTIONS = ("bound", "nonnegative", "lower", "upper")  # of a search, in a report
 _BIASES = {"cls.predictions.decoder.weight": "cls.predictions.bias", "lm_head.weight": "lm_head.bias",
+           "bert.embeddings.word_embeddings.weight": "cls.predictions.bias",
+           "roberta.embeddings.word_embeddings.weight": "lm_head.bias",
            "model.shared.weight": "final_logits_bias"}  # fmt: skip
 
 
@@ -174,7 +178,7 @@ def _onnx_head(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def write_report(path: str | Path, report: Report, options: dict, labels: list[str] | None = None) -> None:
     """JSON with every certificate; written to a temporary file, then renamed."""
-    layer, classes = report.layer, []
+    layer, classes, groups = report.layer, [], {}
     for proof in report.certificates():
         entry = {"class": proof.index, "verdict": proof.verdict}
         if labels is not None:
@@ -182,37 +186,44 @@ def write_report(path: str | Path, report: Report, options: dict, labels: list[s
         if proof.witness is not None:
             entry |= {"witness": proof.witness.tolist(), "margin": proof.margin if np.isfinite(proof.margin) else None}
         if proof.twins:
-            entry["twins"] = list(proof.twins)
+            entry["group"] = groups.setdefault(proof.twins[0], (len(groups), proof.twins))[0]
         if proof.dominators:
             entry |= {"dominators": [[i, a] for i, a in proof.dominators.items()],
                       "residual": proof.residual, "surplus": proof.surplus}  # fmt: skip
         classes.append(entry)
-    whole = {"format": "supy.argmax/1", "shape": list(layer.weight.shape), "options": options, "classes": classes}
+    whole = {"format": FORMAT, "shape": list(layer.weight.shape), "options": options,
+             "groups": [twins for _, twins in groups.values()], "classes": classes}  # fmt: skip
     write_atomically(Path(path), (json.dumps(whole, ensure_ascii=False) + "\n").encode())
+
+
+def _class(number) -> int:
+    if not 0 <= int(number) < 2**63:
+        raise ValueError(f"class {number}")
+    return int(number)
 
 
 def read_report(path: str | Path) -> tuple[list[Certificate], dict]:
     """The certificates and the options of a report that :func:`write_report` wrote."""
     try:
         whole = json.loads(Path(path).read_bytes())
-        if whole["format"] != "supy.argmax/1":
+        if whole["format"] != FORMAT:
             raise ValueError("another format")
         options = {name: (bool if name == "nonnegative" else float)(value) for name, value in whole["options"].items()}
         if not options.keys() <= set(OPTIONS):
             raise ValueError(f"options {sorted(options)}")
-        certificates = []
+        certificates, groups = [], [tuple(_class(k) for k in group) for group in whole["groups"]]
         for entry in whole["classes"]:
             if entry["verdict"] not in VERDICTS:
                 raise ValueError(f"verdict {entry['verdict']!r}")
             witness = entry.get("witness")
             certificates.append(Certificate(
-                int(entry["class"]), entry["verdict"],
+                _class(entry["class"]), entry["verdict"],
                 None if witness is None else np.array(witness, dtype=np.float64),
-                twins=tuple(int(k) for k in entry.get("twins", ())),
-                dominators={int(i): float(a) for i, a in entry.get("dominators", ())},
+                twins=groups[entry["group"]] if "group" in entry else (),
+                dominators={_class(i): float(a) for i, a in entry.get("dominators", ())},
             ))  # fmt: skip
         return certificates, options
     except OSError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a report of supy argmax check ({type(error).__name__}: {error})") from None

@@ -86,8 +86,9 @@ class Monitor:
         linear: a module with ``weight`` ``[K, d]`` and perhaps ``bias`` ``[K]``.
         options: of :func:`find_unargmaxable`, such as ``nonnegative=True``.
 
-    A call searches the layer as it is now, appends to ``history`` and returns a dict of the number of classes of each
-    verdict and the ``seconds`` that the search took; ``report`` is the last search's.
+    A call searches the layer as it is now, trying first what made classes win at the last call, appends to ``history``
+    and returns a dict of the number of classes of each verdict and the ``seconds`` that the search took; ``report`` is
+    the last search's.
 
     >>> monitor = Monitor(prevent_unargmaxable_(torch.nn.Linear(2, 50)))
     >>> monitor()["unargmaxable"]
@@ -101,7 +102,8 @@ class Monitor:
 
     def __call__(self) -> dict:
         begin = time.perf_counter()
-        self.report = find_unargmaxable(self.linear.weight, getattr(self.linear, "bias", None), **self.options)
+        bias = getattr(self.linear, "bias", None)
+        self.report = find_unargmaxable(self.linear.weight, bias, previous=self.report, **self.options)
         counts = {verdict: self.report.verdicts.count(verdict) for verdict in VERDICTS}
         self.history.append({**counts, "seconds": time.perf_counter() - begin})
         return self.history[-1]

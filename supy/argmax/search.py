@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from bisect import bisect_right
 
 import numpy as np
@@ -9,25 +11,34 @@ import torch
 from tqdm import tqdm
 
 from supy import _extension
-from supy.argmax.certificates import Layer, Report, rounding_only, wins
+from supy._checkpoint import Checkpoint
+from supy._checks import require
+from supy.argmax.certificates import Hints, Layer, Report, rounding_only, wins
+from supy.argmax.witnesses import EasyWitnesses
 from supy.reference.hull_separation import INSIDE, SEPARATED, hull_separation
 
-_BLOCK = 1 << 23  # entries of a product that are held at once
+_BLOCK = 1 << 18  # numbers that are hashed at once
+_SAVE = 1.0  # seconds from one checkpoint to the next, at least
 _CHUNK = 128  # classes decided at a time, at first: what excludes them is tried first for the next
 
 
 def find_unargmaxable(weight, bias=None, *, bound=None, nonnegative: bool = False, lower=None, upper=None,
-                      tolerance: float = 1e-12, progress: bool = False) -> Report:  # fmt: skip
+                      tolerance: float = 1e-12, progress: bool = False, checkpoint=None,
+                      previous: Report | None = None) -> Report:  # fmt: skip
     """Finds every class that no input can make the argmax of ``weight @ x + bias``, and proves each verdict.
 
     Args:
-        weight: ``[K, d]``, a tensor or array of floats; float32 and float64 in CPU memory are kept, not copied.
+        weight: ``[K, d]``, a tensor or array of floats; float32 and float64 in CPU memory are kept, not copied. Of a
+            tensor on a CUDA device the easy witnesses are found there; the rest, and every certificate, on the CPU.
         bias: ``[K]``.
         bound: only inputs with ``|x_j| <= bound`` count.
         nonnegative: only inputs with ``x_j >= 0`` count, as behind a ReLU.
         lower, upper: a number or ``[d]``: only inputs with ``lower <= x <= upper`` count. Combines with the above.
         tolerance: the rounding errors that multipliers may have, relative to the magnitudes of weights and logits.
         progress: whether to show a progress bar.
+        checkpoint: a folder that keeps what is decided, every few seconds and when interrupted: the same search,
+            started again, goes on from there to the same result. The caller removes it once the report is safe.
+        previous: the report of this layer before some training: what made a class win then is tried early.
 
     Returns:
         A :class:`Report`; ``report.verdicts`` is a list of K strings, ``report.certificate(k)`` the proof:
@@ -41,7 +52,8 @@ def find_unargmaxable(weight, bias=None, *, bound=None, nonnegative: bool = Fals
         Verdicts and certificates do not depend on the number of threads.
 
     Raises:
-        ValueError: a shape, a NaN, an infinite weight, a lower bound above an upper one.
+        ValueError: a shape, a NaN, an infinite weight, a lower bound above an upper one; a checkpoint that is damaged
+            or of another layer or other options.
 
     Class k is dominated exactly if a convex combination of the differences (w_k - w_i, b_k - b_i) is at most 0 on all
     allowed (x, 1) (Farkas); the nearest point of a hull and a cone settles it either way, see
@@ -61,28 +73,53 @@ def find_unargmaxable(weight, bias=None, *, bound=None, nonnegative: bool = Fals
         raise ValueError(f"supy.{op}: tolerance is {tolerance}, expected a number between 0 and 1")
     K = len(layer.weight)
     first, group_of = _distinct(layer)
-    groups: dict[int, np.ndarray] = {}  # of more than one class, by the number of their row
+    groups: dict[int, tuple[int, ...]] = {}  # of more than one class, by the number of their row
     if len(first) < K:
         order = np.argsort(group_of, kind="stable")
         parts = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
-        groups = {row: members for row, members in enumerate(parts) if len(members) > 1}
+        groups = {row: tuple(members.tolist()) for row, members in enumerate(parts) if len(members) > 1}
 
     problem = _Problem(layer, first)
+    source = weight.detach() if isinstance(weight, torch.Tensor) and weight.is_cuda else None
+    easy, exact = EasyWitnesses(problem), _Exact(len(first))
+    saved = None
+    if checkpoint is not None:
+        saved = Checkpoint(checkpoint, {"layer": layer.digest(), "tolerance": tolerance})
+    if previous is not None:
+        fits = previous.layer.weight.shape == layer.weight.shape
+        require(fits, op, "previous is the report of a layer of another shape")
+        easy.popularity += previous.hints.popularity[first]
+
+    def before(row: int) -> np.ndarray | None:
+        x = None if previous is None else previous.hints.inputs(first[row])
+        return None if x is None else (x - problem.origin) / problem.unit
+
     with tqdm(total=len(first), desc="classes", disable=not progress, unit="class") as bar:
-        easy, found, popularity = problem.easy_witnesses(bar)
-        exact, dominators = problem.decide(np.flatnonzero(~found), popularity, groups, tolerance, bar)
+        if saved is None or not _load(saved, easy, exact):
+            easy.search(source, before, bar)
+            exact.popularity = easy.popularity
+        else:
+            bar.update(len(first) - exact.remaining(easy))
+        problem.decide(easy, exact, groups, tolerance, bar, lambda: _save(saved, easy, exact))
+
+    def explicit(k: int) -> np.ndarray | None:
+        """A witness that is not just the row of its class."""
+        row = group_of[k]
+        x = easy.stored.get(row)
+        return exact.witnesses.get(row) if x is None else problem.input(x.astype(np.float64), 1.0)
 
     def witness(k: int) -> np.ndarray:
-        group = group_of[k]
-        return exact[group] if group in exact else problem.input(easy[group].astype(np.float64), 1.0)
+        x = explicit(k)
+        return problem.input(easy.get(group_of[k]).astype(np.float64), 1.0) if x is None else x
 
-    names = np.where(found, "argmaxable", "undecided").astype(object)
-    names[list(exact)] = "argmaxable"
-    names[dominators.place >= 0] = "unargmaxable"
+    names = np.where(easy.found, "argmaxable", "undecided").astype(object)
+    names[list(exact.witnesses)] = "argmaxable"
+    names[exact.place >= 0] = "unargmaxable"
     for row in groups:
         names[row] = "tied" if names[row] == "argmaxable" else names[row]
     verdicts = names[group_of].tolist() if K else []
-    return Report(layer, verdicts, witness, lambda k: dominators.get(group_of[k]), lambda k: groups[group_of[k]])
+    hints = Hints(explicit, exact.popularity[group_of])
+    return Report(layer, verdicts, witness, lambda k: exact.get(group_of[k]), lambda k: groups[group_of[k]], hints)
 
 
 def read_layer(op: str, weight, bias, bound, nonnegative, lower, upper) -> Layer:
@@ -159,10 +196,12 @@ def _distinct(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     return first[order], place[group_of.ravel()]
 
 
-class _Dominators:
-    """The multipliers of many rows, packed."""
+class _Exact:
+    """What the exact search has found of ``done`` of its rows: witnesses, and multipliers of dominated rows, packed."""
 
     def __init__(self, K: int):
+        self.done, self.size, self.popularity = 0, _CHUNK, np.zeros(K, np.int64)
+        self.witnesses: dict[int, np.ndarray] = {}
         self.place = np.full(K, -1)
         self.parts: list[tuple[np.ndarray, np.ndarray]] = []
         self.starts = [0]
@@ -177,6 +216,47 @@ class _Dominators:
         classes, multipliers = (array[self.place[row] - self.starts[part]] for array in self.parts[part])
         return classes[multipliers > 0], multipliers[multipliers > 0]
 
+    def remaining(self, easy: EasyWitnesses) -> int:
+        return int((~easy.found).sum()) - self.done
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        arrays = {"place": self.place, "popularity": self.popularity}
+        arrays["rows"] = np.array(list(self.witnesses), dtype=np.int64)
+        if self.witnesses:
+            arrays["inputs"] = np.stack(list(self.witnesses.values()))
+        if self.parts:
+            arrays["classes"], arrays["multipliers"] = (np.concatenate(part) for part in zip(*self.parts))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], done: int, size: int) -> None:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        self.done, self.size, self.popularity, self.place = done, size, arrays["popularity"], arrays["place"]
+        self.witnesses = dict(zip(arrays["rows"].tolist(), arrays.get("inputs", ())))
+        if "classes" in arrays:
+            self.parts = [(arrays["classes"], arrays["multipliers"])]
+            self.starts = [0, len(arrays["classes"])]
+
+
+def _save(to: Checkpoint | None, easy: EasyWitnesses, exact: _Exact) -> None:
+    if to is not None:
+        to.save({"easy": easy.tensors(), "exact": exact.tensors()}, {"done": exact.done, "size": exact.size})
+
+
+def _load(saved: Checkpoint, easy: EasyWitnesses, exact: _Exact) -> bool:
+    """Whether there was something to go on with."""
+    state = saved.load()
+    if state is None:
+        return False
+    try:
+        groups, progress = state
+        easy.restore(groups["easy"])
+        exact.restore(groups["exact"], int(progress["done"]), int(progress["size"]))
+        if not len(easy.kind) == len(exact.place) == len(exact.popularity) == len(easy.problem.first):
+            raise ValueError("of another number of classes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{saved.path}: not the state of a search ({error})") from None
+    return True
+
 
 class _Problem:
     """The distinct rows, scaled and shifted so that their entries are at most about 1 and the bounds contain 0."""
@@ -184,143 +264,86 @@ class _Problem:
     def __init__(self, layer: Layer, first: np.ndarray):
         self.layer, self.first = layer, first
         self.origin = np.clip(0.0, layer.lower, layer.upper)
-        weight = layer.weight if len(first) == len(layer.weight) else layer.weight[first]
-        bias = layer.bias[first]
-        shifted = bias + weight @ self.origin if self.origin.any() else bias
+        weight, bias = layer.weight, layer.bias[first]
+        shifted = bias + (weight @ self.origin)[first] if self.origin.any() else bias
         shifted = shifted - (shifted[0] if len(first) else 0.0)
-        size = _power_of_two(float(np.abs(weight).max(initial=0.0)))
+        size = _power_of_two(max(float(weight.max(initial=0.0)), -float(weight.min(initial=0.0))))
         limits = np.concatenate([layer.lower - self.origin, layer.upper - self.origin])
         reach = float(np.abs(limits[np.isfinite(limits)]).max(initial=0.0))
         height = float(np.abs(shifted).max(initial=0.0))
         self.unit = _power_of_two(height or size * reach) / size  # one unit of x in the scaled problem
-        self.rows = np.empty((len(weight), weight.shape[1] + 1))
-        np.divide(weight, size, out=self.rows[:, :-1], dtype=np.float64)
-        self.rows[:, -1] = shifted / (self.unit * size)
+        self.size, self.bias = size, shifted / (self.unit * size)
         # what shifting may have changed of a logit, in the scaled problem
         origin = size * float(np.abs(self.origin).sum())
         changed = (weight.shape[1] + 8) * 2.0**-50 * (origin + float(np.abs(bias).max(initial=0.0)))
         self.blur = changed / (self.unit * size)
         self.lower, self.upper = (layer.lower - self.origin) / self.unit, (layer.upper - self.origin) / self.unit
 
+    def scaled(self, index) -> np.ndarray:
+        """The weights of these rows in float64."""
+        return self.layer.rows(self.first[index]) / self.size
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """All scaled rows, each with its bias: float64 `[K, d + 1]`, which only the exact search needs."""
+        rows = np.empty((len(self.first), self.layer.weight.shape[1] + 1))
+        for begin in range(0, len(rows), 4096):
+            part = slice(begin, begin + 4096)
+            rows[part, :-1] = self.scaled(part)
+        rows[:, -1] = self.bias
+        return rows
+
     def input(self, x: np.ndarray, s) -> np.ndarray:
         """The input of the layer that the scaled (x, s) stands for."""
         return np.clip(self.origin + x / s * self.unit, self.layer.lower, self.layer.upper)
 
-    def easy_witnesses(self, bar) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs for most classes, which of them are proven, and how often each row was in the way of another.
-
-        The directions are the class's own row, that row less the mean and its product with the inverse covariance, at
-        several lengths; then reflections at the boundary to whatever class wins (arXiv 2203.06462, section 3.2).
-        """
-        K, n = self.rows.shape
-        d = n - 1
-        rows = torch.from_numpy(self.rows)
-        weight, bias = rows[:, :d].float().contiguous(), rows[:, d].float()
-        witness = torch.zeros(K, d)
-        found, popularity = torch.zeros(K, dtype=torch.bool), torch.zeros(K, dtype=torch.int64)
-        low, high = _inward(self.lower, self.upper)
-        if K < 2 or (low > high).any():
-            return witness.numpy(), found.numpy(), popularity.numpy()
-        largest, highest = float(weight.norm(dim=1).max()), float(bias.abs().max())
-        unit = (d + 8) * 2.0**-23  # rounding of the rows and of the product, twice what the analysis asks for
-
-        def attempt(x: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-            """Which row wins instead of each of ``left``."""
-            rival = torch.zeros_like(left)
-            step = max(1, _BLOCK // K)
-            for begin in range(0, len(left), step):
-                part = slice(begin, begin + step)
-                k, at = left[part], torch.arange(len(left[part]))
-                logits = torch.addmm(bias, x[part], weight.T)
-                own = logits[at, k]
-                logits[at, k] = -torch.inf
-                best, rival[part] = logits.max(1)
-                won = own - best > unit * (2 * largest * x[part].norm(dim=1) + 2 * highest) + self.blur
-                witness[k[won]] = x[part][won]
-                bar.update(int((won & ~found[k]).sum()))
-                found[k[won]] = True
-            popularity.index_add_(0, rival[~found[left]], torch.ones_like(rival[~found[left]]))
-            return rival
-
-        mean = rows[:, :d].mean(0)
-        spread = rows[:, :d].T @ rows[:, :d] / K - torch.outer(mean, mean)
-        ridge = 1e-9 * abs(float(spread.trace())) / d + 1e-300
-        inverse = torch.linalg.inv_ex(spread + ridge * torch.eye(d, dtype=rows.dtype))[0]
-        inverse = (inverse / inverse.norm() * d**0.5).float()
-        mean = mean.float()
-        # A pass must win this share of its classes to be cheaper than deciding those exactly (operations, as measured).
-        worthwhile = 0.7 * K * (2 * n + 25) / (54 * n**3 + K * (5 * n + 60))
-
-        def remaining() -> torch.Tensor:
-            return torch.nonzero(~found)[:, 0]
-
-        x = weight.clamp(low, high)
-        for direction in (
-            lambda k: weight[k],
-            lambda k: 10 * (weight[k] - mean),
-            lambda k: (10 * (weight[k] - mean)) @ inverse,
-            lambda k: (100 * (weight[k] - mean)) @ inverse,
-        ):
-            left = remaining()
-            sample = left[:: max(1, len(left) // 256)]
-            attempt(direction(sample).clamp(low, high), sample)
-            if found[sample].sum() < worthwhile * len(sample):
-                continue
-            left = remaining()
-            x[left] = direction(left).clamp(low, high)
-            attempt(x[left], left)
-
-        def reflections(k: torch.Tensor, most: int) -> None:
-            """Reflects each input at the boundary between its class and the one that wins, while that pays."""
-            at = x[k]
-            rival = attempt(at, k)
-            for _ in range(most):
-                keep = ~found[k]
-                k, at, rival = k[keep], at[keep], rival[keep]
-                if len(k) == 0:
-                    return
-                normal = weight[k] - weight[rival]
-                height = (normal * at).sum(1) + bias[k] - bias[rival]
-                at = (at - (2 * height / normal.square().sum(1).clamp(min=1e-30))[:, None] * normal).clamp(low, high)
-                rival = attempt(at, k)
-                if found[k].sum() < 0.5 * worthwhile * len(k):
-                    return
-
-        left = remaining()
-        sample = left[:: max(1, len(left) // 256)]
-        reflections(sample, 2)
-        if len(left) and found[sample].sum() >= worthwhile * len(sample):
-            reflections(remaining(), 30)
-        return witness.numpy(), found.numpy(), popularity.numpy()
-
-    def decide(self, classes: np.ndarray, popularity: np.ndarray, groups, tolerance: float, bar):
-        """({row: witness}, dominators) of the rows ``classes``; a row in neither is undecided."""
-        K, n = self.rows.shape
-        witnesses, dominators = {}, _Dominators(K)
-        rows = torch.from_numpy(self.rows)
+    def decide(self, easy: EasyWitnesses, exact: _Exact, groups, tolerance: float, bar, save) -> None:
+        """Decides the rows that ``easy`` has left; what is neither a witness nor dominated then is undecided."""
+        K, n = len(self.first), len(self.lower) + 1
         lower, upper = torch.from_numpy(self.lower), torch.from_numpy(self.upper)
+        classes = np.flatnonzero(~easy.found)
         if K == 1:
-            return {0: self.origin}, dominators
-        size = _CHUNK
-        while len(classes):
-            chunk, classes = classes[:size], classes[size:]
-            size = min(2 * size, max(4096, K // 64))
-            used = np.flatnonzero(popularity)
-            start = torch.from_numpy(used[np.argsort(-popularity[used], kind="stable")])
-            kind, direction, support, values = (
-                t.numpy() for t in _separate(rows, torch.from_numpy(chunk), lower, upper, start)
-            )
-            apart = np.flatnonzero(kind == SEPARATED)
-            for m, x in zip(apart, self._witnesses(chunk[apart], direction[apart], groups)):
-                if x is not None:
-                    witnesses[chunk[m]] = x
-            inside = np.flatnonzero(kind == INSIDE)
-            others, multipliers = self.first[support[inside]], values[inside]  # -1, with multiplier 0, becomes a class
-            np.add.at(popularity, support[inside][support[inside] >= 0], 1)
-            sound = rounding_only(self.layer, self.first[chunk[inside]], others, multipliers, tolerance)
-            dominators.add(chunk[inside[sound]], others[sound], multipliers[sound])
+            exact.witnesses, exact.done = {0: self.origin}, 1
+        # About 10 s of work at a time, so that no more is lost when it is interrupted (operations, as measured).
+        most = max(64, int(1e12 / (54 * n**3 + 5 * K * n)))
+        saved, seconds = time.monotonic(), 0.0
+        if exact.done == 0:
+            save()
+        while exact.done < len(classes):
+            chunk = classes[exact.done : exact.done + exact.size]
+            used = np.flatnonzero(exact.popularity)
+            start = torch.from_numpy(used[np.argsort(-exact.popularity[used], kind="stable")])
+            try:
+                kind, direction, support, values = (
+                    t.numpy()
+                    for t in _separate(torch.from_numpy(self.rows), torch.from_numpy(chunk), lower, upper, start)
+                )
+                apart = np.flatnonzero(kind == SEPARATED)
+                inputs = self._witnesses(chunk[apart], direction[apart], groups)
+                inside = np.flatnonzero(kind == INSIDE)
+                others, multipliers = self.first[support[inside]], values[inside]  # -1, of multiplier 0: any class
+                sound = rounding_only(self.layer, self.first[chunk[inside]], others, multipliers, tolerance)
+                # What should have been 0 is, beside rows of zeros, all that is left.
+                odd = np.flatnonzero(~sound)
+                multipliers[odd] *= multipliers[odd] > 1e-12
+                multipliers[odd] /= multipliers[odd].sum(1, keepdims=True)
+                who = self.first[chunk[inside[odd]]]
+                sound[odd] = rounding_only(self.layer, who, others[odd], multipliers[odd], tolerance)
+            except KeyboardInterrupt:
+                save()
+                raise
+            exact.witnesses.update((k, x) for k, x in zip(chunk[apart].tolist(), inputs) if x is not None)
+            exact.add(chunk[inside[sound]], others[sound], multipliers[sound])
+            np.add.at(exact.popularity, support[inside][support[inside] >= 0], 1)
+            exact.done += len(chunk)
+            exact.size = min(2 * exact.size, max(4096, K // 64), most)
             bar.update(len(chunk))
-        return witnesses, dominators
+            if time.monotonic() - saved > max(_SAVE, 20 * seconds):
+                saved = time.monotonic()
+                save()
+                seconds = time.monotonic() - saved
+        save()
+        self.__dict__.pop("rows", None)
 
     def _witnesses(self, rows, directions, groups) -> list[np.ndarray | None]:
         """Inputs in the given directions that pass the check, or None."""
@@ -346,7 +369,7 @@ class _Problem:
         x = self.input(directions[which, :-1], last[which, None])
         whole = np.isfinite(x).all(1)
         which, x = which[whole], x[whole]
-        members = [groups.get(row, self.first[[row]]) for row in rows[which].tolist()]
+        members = [groups.get(row, (int(self.first[row]),)) for row in rows[which].tolist()]
         for m in np.flatnonzero(wins(self.layer, x, members)):
             found[which[m]] = x[m]
 
@@ -365,11 +388,3 @@ def _separate(rows, classes, lower, upper, start):
 def _power_of_two(x: float) -> float:
     """The least power of two that is at least x; 1 for 0."""
     return float(2.0 ** np.ceil(np.log2(x))) if x > 0 else 1.0
-
-
-def _inward(lower: np.ndarray, upper: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 bounds that imply the given ones."""
-    low, high = lower.astype(np.float32), upper.astype(np.float32)
-    low = np.where(low < lower, np.nextafter(low, np.float32(np.inf)), low)
-    high = np.where(high > upper, np.nextafter(high, np.float32(-np.inf)), high)
-    return torch.from_numpy(low), torch.from_numpy(high)
