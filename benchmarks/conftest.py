@@ -69,8 +69,11 @@ def record(request):
                 "ceiling_seconds": max(moving, computing) or None,
                 "peak_bytes": peak,
                 "note": note,
+                "date": datetime.date.today().isoformat(),
             }
         )
+        if request.config.option.results:
+            _write(_report(request.config))
 
     return add
 
@@ -114,18 +117,9 @@ def _kept(path, results):
     ]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(terminalreporter, config):
-    results, device = config.stash[RESULTS], config.option.device
-    if not results:
-        return
-    of_supy = {(r["operator"], r["case"]): r["seconds"] for r in results if r["implementation"] == "supy"}
-    table = [("operator", "case", "implementation", "min ms", "x supy", "% ceiling", "peak MB", "")]
-    table += [_cells(r, of_supy.get((r["operator"], r["case"]))) for r in results]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for result in results:
-        result["date"] = datetime.date.today().isoformat()
-    report = {
+def _report(config):
+    device = config.option.device
+    return {
         "date": datetime.date.today().isoformat(),
         "device": _name_of(device),
         "malloc": "default malloc" if config.option.default_malloc else "warm heap",
@@ -135,8 +129,32 @@ def pytest_terminal_summary(terminalreporter, config):
         "copy_bytes_per_second": {f"{size >> 20} MB": copy_rate(size, device) for size in (2**24, 2**28)},
         "gemm_flops_per_second": gemm_rate(device),
         "gemm_flops_per_second_bfloat16": gemm_rate(device, torch.bfloat16),
-        "results": results,
+        "results": config.stash[RESULTS],
     }
+
+
+def _write(report):
+    """benchmarks/results/<device>.json, anew after each row: a run that is stopped keeps what it has measured."""
+    name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    results = _kept(path, report["results"]) + report["results"]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report | {"results": results}, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    of_supy = {(r["operator"], r["case"]): r["seconds"] for r in results if r["implementation"] == "supy"}
+    table = [("operator", "case", "implementation", "min ms", "x supy", "% ceiling", "peak MB", "")]
+    table += [_cells(r, of_supy.get((r["operator"], r["case"]))) for r in results]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    report = _report(config)
     copies = ", ".join(f"{rate / 1e9:.0f} ({size})" for size, rate in report["copy_bytes_per_second"].items())
     line = terminalreporter.line
     terminalreporter.section("supy benchmarks")
@@ -146,11 +164,4 @@ def pytest_terminal_summary(terminalreporter, config):
         cells = (c.rjust(w) if 3 <= i <= 6 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         line("  ".join(cells).rstrip())
     if config.option.results:
-        name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
-        path = Path(__file__).parent / "results" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        report["results"] = _kept(path, results) + results
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        line(f"written: {path}")
+        line(f"written: {_write(report)}")

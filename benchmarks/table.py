@@ -11,9 +11,11 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import deep_norm
 import diffusion_steps
 import gated_attention
 import graphs
+import labels
 import mixed_chunk
 import pointers
 import torch
@@ -36,6 +38,9 @@ class Row:
     same: Callable | None = None  # same(result, expected) -> bool; None: one tensor, within a tolerance
     unlike: tuple[str, ...] = ()  # implementations of something close, which are timed and not compared
     gradients: bool = False  # whether autograd records; the functions ask for their gradients themselves
+
+
+FLOATS = torch.float32, torch.bfloat16
 
 
 def compiled(function: Callable) -> Callable:
@@ -174,6 +179,33 @@ def _diffusion_rows(batch):
     yield _diffusion_row("ddpm_add_noise", "noise given", batch, {"supy": d.add_noise} | plain, d.add_noise_plain, 3)
 
 
+# --- deep_norm --------------------------------------------------------------------------------------------------------
+
+
+def _deep_norm_row(rows, width, dtype, training):
+    make = deep_norm.with_gradients if training else deep_norm.forward
+    functions = {"supy": deep_norm.ours, "supy, Triton": deep_norm.triton, "eager": deep_norm.eager}
+    functions |= {"add(alpha)": deep_norm.fused, "torch.compile": compiled(deep_norm.fused)}
+    functions |= {"Liger-Kernel": deep_norm.liger}
+    return Row(
+        "deep_norm",
+        f"[{rows}, {width}] {str(dtype)[6:]}, {'with gradients' if training else 'forward'}",
+        lambda: deep_norm.inputs(rows, width, dtype),
+        {name: make(function) for name, function in functions.items()},
+        exact=make(deep_norm.eager),
+        bytes=(7 if training else 3) * rows * width * dtype.itemsize,
+        same=deep_norm.same,
+        # Their gradient of the weight is a sum in bfloat16, or of a z that was rounded to it.
+        unlike=tuple(functions)[2:] if training and dtype == torch.bfloat16 else (),
+        gradients=training,
+    )
+
+
+def _deep_norm_rows(*sizes):
+    for rows, width in sizes:
+        yield from (_deep_norm_row(rows, width, dtype, training) for dtype in FLOATS for training in (False, True))
+
+
 # --- the cost of a call -----------------------------------------------------------------------------------------------
 
 
@@ -281,7 +313,7 @@ def _loss_row(form, B, T, H, dense=True):
     )
 
 
-def _spans_row(form, B, T, H, trained=True):
+def _spans_row(form, B, T, H, trained=True, numpy=True):
     efficient = form == "efficient"
     scores = pointers.efficient_scores if efficient else pointers.full_scores
     theirs = pointers.bert4torch_efficient if efficient else pointers.bert4torch_full
@@ -297,8 +329,8 @@ def _spans_row(form, B, T, H, trained=True):
             "supy": operator,
             "dense eager, nonzero": by_nonzero,
             "torch.compile, nonzero": pointers.by_nonzero(compiled(pointers.visible(scores))),
-            "bert4torch, np.where": pointers.by_where(theirs),
-        },
+        }
+        | ({"bert4torch, np.where": pointers.by_where(theirs)} if numpy else {}),
         exact=by_nonzero if trained else None,  # at random scores, one next to 0 may round to the other side
         same=pointers.same_spans,
         flops=2 * B * T * (T + 1) // 2 * (1 if efficient else H) * pointers.SIZE,
@@ -308,38 +340,9 @@ def _spans_row(form, B, T, H, trained=True):
 # --- the multi-label losses ---------------------------------------------------------------------------------------------
 
 
-def _value_and_gradient(loss):
-    def run(scores, labels):
-        leaf = scores.detach().requires_grad_()
-        value = loss(leaf, labels)
-        return value.detach(), *torch.autograd.grad(value.sum(), leaf)
-
-    return run
-
-
-def _same_labels_gradients(result, expected):
-    return all((a.double() - b).abs().max() <= 1e-4 * b.abs().max() for a, b in zip(result, expected, strict=True))
-
-
-def _flipped(scores, targets):
-    """Hard labels as post 7359 has it: signs of positives flipped, the other side pushed far down, a 0 appended."""
-    targets = targets.to(scores.dtype)
-    flipped = (1 - 2 * targets) * scores
-    zero = torch.zeros_like(scores[..., :1])
-    sides = flipped - targets * 1e12, flipped - (1 - targets) * 1e12
-    return sum(torch.cat([side, zero], -1).logsumexp(-1) for side in sides)
-
-
-def _by_logarithms(scores, targets):
-    """Soft labels as bert4keras has it: logarithms of the targets added to the scores, a 0 appended."""
-    zero = torch.zeros_like(scores[..., :1])
-    sides = scores + torch.log1p(-targets), targets.log() - scores
-    return sum(torch.cat([side, zero], -1).logsumexp(-1) for side in sides)
-
-
 def _labels_row(operator, case, inputs, supy_loss, plain, read, numel, flops):
     """Loss and gradient. The least traffic: all read for the loss, and again for the gradient, which needs the loss."""
-    run = _value_and_gradient
+    run = labels.value_and_gradient
     return Row(
         operator,
         case,
@@ -350,7 +353,7 @@ def _labels_row(operator, case, inputs, supy_loss, plain, read, numel, flops):
             "formula torch.compile": run(compiled(plain)),
         },
         exact=run(supy_loss),  # in float64: the reference
-        same=_same_labels_gradients,
+        same=labels.same,
         bytes=(2 * read + 4) * numel,
         flops=flops * numel,
         gradients=True,
@@ -372,7 +375,7 @@ def _dense_row(rows, kind):
         f"{list(shape)} float32, {names[kind]}",
         inputs,
         supy.ops.multilabel_cross_entropy,
-        _by_logarithms if kind == "soft" else _flipped,
+        labels.soft if kind == "soft" else labels.hard,
         4 + (1 if kind == "bool" else 4),
         functools.reduce(int.__mul__, shape),
         40,
@@ -399,19 +402,6 @@ def _sparse_row(rows, positives):
     )
 
 
-def _tasks_hard(scores, targets):
-    """Each pair of classes of a task, which needs m times the memory."""
-    others = scores[..., None, :].expand(*scores.shape, scores.shape[-1])
-    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    terms = targets.log() + others.masked_fill(own, -torch.inf).logsumexp(-1) - scores
-    return torch.nn.functional.softplus(terms.logsumexp(-2)).sum(-1)
-
-
-def _tasks_soft(scores, targets):
-    terms = targets.log() + scores.mean(-1, keepdim=True) - scores
-    return torch.nn.functional.softplus(terms.logsumexp(-2)).sum(-1)
-
-
 def _tasks_row(shape, form):
     def inputs():
         generator = torch.Generator().manual_seed(0)
@@ -423,10 +413,44 @@ def _tasks_row(shape, form):
         f"{list(shape)} float32, {form}",
         inputs,
         functools.partial(supy.ops.multitask_cross_entropy, form=form),
-        {"hard": _tasks_hard, "soft": _tasks_soft}[form],
+        {"hard": labels.tasks_hard, "soft": labels.tasks_soft}[form],
         8,
         functools.reduce(int.__mul__, shape),
         60,
+    )
+
+
+# --- the argmax of a linear layer ---------------------------------------------------------------------------------------
+
+
+def _linear_inputs(M, K, size, dtype):
+    weight = torch.randn(K, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return weight[:M].clone(), weight, torch.arange(M)
+
+
+def _largest_logits(x, weight, own):
+    """A product and its maximum in blocks of 1024 rows, which need 200 MB."""
+    values = []
+    for rows, exclude in zip(x.split(1024), own.split(1024)):
+        logits = rows @ weight.T
+        logits.scatter_(1, exclude[:, None], -torch.inf)
+        values.append(logits.max(1).values)
+    return torch.cat(values)
+
+
+def _linear_row(M, K, size, dtype=torch.float32):
+    return Row(
+        "linear_argmax",
+        f"[{M}, {K}, {size}] {str(dtype)[6:]}, own class excluded",
+        lambda: _linear_inputs(M, K, size, dtype),
+        {
+            "supy": lambda x, weight, own: supy.ops.linear_argmax(x, weight, exclude=own)[0],
+            "product and max": _largest_logits,
+            "torch.compile": compiled(_largest_logits),
+        },
+        exact=_largest_logits,
+        flops=2 * M * K * size,
+        dtype=dtype,
     )
 
 
@@ -491,30 +515,33 @@ CPU_ROWS = [
     _mixed_chunk_row(4096, training=True, dtype=torch.bfloat16),
     _normal_row(2**24),
     *(row for batch in (1, 8, 64) for row in _diffusion_rows(batch)),
+    *(_linear_row(4096, 50_000, size) for size in (16, 32, 64)),
+    *(_linear_row(2048, 50_257, 768, dtype) for dtype in FLOATS),
+    *(_deep_norm_row(rows, 768, torch.float32, training) for rows in (1, 512) for training in (False, True)),
+    *_deep_norm_rows((8192, 768), (4096, 4096)),
 ]
 
-FLOATS = torch.float32, torch.bfloat16
 CUDA_ROWS = [
     CALL_ROW,
-    *(_rotary_row((16, 16, 4096, 128), dtype, interleaved) for dtype in FLOATS for interleaved in (True, False)),
+    *(
+        _gated_attention_row(T, training=training, dtype=torch.bfloat16)
+        for T, training in ((512, True), (2048, False), (2048, True), (8192, False), (8192, True))
+    ),
+    _gated_attention_row(8192, causal=True, dtype=torch.bfloat16),
+    _gated_attention_row(2048, "relu2", dtype=torch.bfloat16),
+    _gated_attention_row(2048),
+    _mixed_chunk_row(16384, training=True),
+    *(_mixed_chunk_row(T, training=True, dtype=torch.bfloat16) for T in (16384, 65536)),
     *(_loss_row(form, 16, T, 65) for form in ("efficient", "full") for T in (128, 512)),
-    *(_spans_row(form, 16, T, 65) for form in ("efficient", "full") for T in (128, 512)),
+    *(_spans_row(form, 16, T, 65, numpy=False) for form in ("efficient", "full") for T in (128, 512)),
+    *(_deep_norm_row(16384, 4096, dtype, training=True) for dtype in FLOATS),
+    *(_rotary_row((16, 16, 4096, 128), dtype, interleaved) for dtype, interleaved in zip(FLOATS, (False, True))),
     _dense_row((16, 65), "bool"),
-    _dense_row((16, 65), "hard"),
     _dense_row((4, 65), "soft"),
     _sparse_row((16, 65), 8),
-    *(_tasks_row((64, 4096, 12), form) for form in ("hard", "soft")),
-    *(
-        _gated_attention_row(T, training=training, dtype=dtype)
-        for T, dtype in ((512, torch.bfloat16), (2048, torch.bfloat16), (2048, torch.float32), (8192, torch.bfloat16))
-        for training in (False, True)
-    ),
-    _gated_attention_row(2048, "relu2", dtype=torch.bfloat16),
-    _gated_attention_row(8192, causal=True, dtype=torch.bfloat16),
-    _mixed_chunk_row(16384, training=False),
-    _mixed_chunk_row(16384, training=True),
-    _mixed_chunk_row(16384, training=True, dtype=torch.bfloat16),
-    _mixed_chunk_row(65536, training=True, dtype=torch.bfloat16),
+    _tasks_row((64, 4096, 12), "hard"),
+    _linear_row(16384, 151_936, 4096, torch.bfloat16),
+    _linear_row(16384, 50_257, 768),
     _normal_row(2**28),
     *(row for batch in (64, 1024) for row in _diffusion_rows(batch)),
 ]
