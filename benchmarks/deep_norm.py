@@ -1,19 +1,8 @@
-"""deep_norm beside eager PyTorch, a fused addition, torch.compile of that and Liger-Kernel.
-
-``python benchmarks/deep_norm.py 16384x4096 --device cuda`` prints one size in all forms, as a share of what a copy of the
-bytes that a pass has to read and write would take; with gradients 8 a number, though supy in float32 on a CPU needs 7.
-"""
+"""deep_norm beside eager PyTorch, a fused addition and Liger-Kernel, all with the same numbers."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import itertools
-
 import torch
-from ceilings import _fastest as fastest
-from ceilings import copy_rate
-from conftest import _keep_freed_memory
 from torch.nn import functional as F
 
 import supy
@@ -80,33 +69,3 @@ def same(results, expected):
         (a.double() - b).abs().max() <= tolerance[a.dtype] * b.abs().max()
         for a, b in zip(results, expected, strict=True)
     )
-
-
-def main():
-    """One size after the other, the functions that need no compilation first; each line as soon as it is measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", nargs="*", default=["8192x768", "4096x4096"], help="ROWSxWIDTH")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    options = parser.parse_args()
-    functions = {"supy": ours, "supy, Triton": triton, "add(alpha)": fused, "eager": eager, "Liger-Kernel": liger}
-    if options.device == "cpu":
-        _keep_freed_memory()
-    for names in (functions, {"torch.compile": torch.compile(fused, dynamic=False)}):
-        for size in options.sizes:
-            rows, width = map(int, size.split("x"))
-            for dtype, make in itertools.product((torch.float32, torch.bfloat16), (forward, with_gradients)):
-                tensors = [t.detach().to(options.device).requires_grad_() for t in inputs(rows, width, dtype)]
-                moved = (3 if make is forward else 8) * rows * width * dtype.itemsize
-                ceiling = moved / copy_rate(moved, options.device)
-                for name, function in names.items():
-                    try:
-                        seconds = fastest(functools.partial(make(function), *tensors), options.device, 0.1)
-                    except ImportError as error:
-                        print(f"{name}: {error}", flush=True)
-                        continue
-                    what = f"{size} {str(dtype)[6:]} {make.__name__}"
-                    print(f"{what}: {name} {1e3 * seconds:.4f} ms, {ceiling / seconds:.0%} of a copy", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -90,26 +90,29 @@ DeepNormParams read(const TensorView& x, const py::object& alpha,
   return p;
 }
 
-float* check_rstd(const OptionalTensor& rstd, const TensorView& x, int64_t rows) {
-  if (!rstd) return nullptr;
-  check_dtype(*rstd, OP, "rstd", DType::f32);
-  const bool fits = rstd->is_contiguous() && rstd->numel() == rows && !rstd->is_cuda() && !x.is_cuda();
-  SUPY_CHECK(fits, OP, "rstd has shape " << rstd->shape() << ", expected " << rows << " numbers in CPU memory");
-  return rstd->data<float>();
+float* check_rows(const OptionalTensor& of_rows, const char* name, const TensorView& x, int64_t rows) {
+  if (!of_rows) return nullptr;
+  check_dtype(*of_rows, OP, name, DType::f32);
+  const bool fits = of_rows->is_contiguous() && of_rows->numel() == rows && !of_rows->is_cuda() && !x.is_cuda();
+  SUPY_CHECK(fits, OP, name << " has shape " << of_rows->shape() << ", expected " << rows << " numbers in CPU memory");
+  return of_rows->data<float>();
 }
 
-// With rstd: fills it where that and `out` will be enough for the gradients, and says whether it did.
+// With rstd alone: fills it where that and `out` will be enough for the gradients, and says whether it did. With mean as
+// well: fills both, which save the gradients, from x and branch, half of their sums.
 bool norm(const TensorView& x, const TensorView& branch, const py::object& alpha, const OptionalTensor& weight,
           const OptionalTensor& bias, const py::object& seed, int64_t offset, double dropout, double eps, bool rms,
-          const TensorView& out, const OptionalTensor& rstd) {
+          const TensorView& out, const OptionalTensor& rstd, const OptionalTensor& mean) {
   DeepNormParams p = read(x, alpha, weight, bias, seed, offset, dropout, eps, rms);
   p.x = x.data<void>();
   p.branch = check_like(branch, "branch", x);
   p.out = check_like(out, "out", x);
-  p.rstd = check_rstd(rstd, x, p.rows);
-  if (p.rstd != nullptr && !deep_norm_invertible(p)) p.rstd = nullptr;
+  p.rstd = check_rows(rstd, "rstd", x, p.rows);
+  p.mean = check_rows(mean, "mean", x, p.rows);
+  const bool enough = p.rstd != nullptr && p.mean == nullptr && deep_norm_invertible(p);
+  if (!enough && p.mean == nullptr) p.rstd = nullptr;
   if (p.rows > 0) SUPY_LAUNCH(deep_norm, p, x);
-  return p.rstd != nullptr;
+  return enough;
 }
 
 NormType check_gradient(const OptionalTensor& gradient, const char* name, const TensorView& x, const NormVector& of) {
@@ -119,20 +122,22 @@ NormType check_gradient(const OptionalTensor& gradient, const char* name, const 
   return type;
 }
 
-// x and branch, or out and rstd; `partial` is room for sums in GPU memory.
+// x and branch, perhaps rstd and mean, or out and rstd; `partial` is room for sums in GPU memory.
 void norm_backward(const TensorView& grad, const OptionalTensor& x, const OptionalTensor& branch,
                    const py::object& alpha, const OptionalTensor& weight, const OptionalTensor& bias,
                    const py::object& seed, int64_t offset, double dropout, double eps, bool rms,
                    const OptionalTensor& dx, const OptionalTensor& dbranch, const OptionalTensor& dweight,
                    const OptionalTensor& dbias, const OptionalTensor& out, const OptionalTensor& rstd,
-                   const OptionalTensor& partial) {
+                   const OptionalTensor& mean, const OptionalTensor& partial) {
   DeepNormBackwardParams b{};
   b.norm = read(grad, alpha, weight, bias, seed, offset, dropout, eps, rms);
   b.grad = grad.data<void>();
   b.norm.x = check_like(x, "x", grad);
   b.norm.branch = check_like(branch, "branch", grad);
   b.norm.out = check_like(out, "out", grad);
-  b.norm.rstd = check_rstd(rstd, grad, b.norm.rows);
+  b.norm.rstd = check_rows(rstd, "rstd", grad, b.norm.rows);
+  b.norm.mean = check_rows(mean, "mean", grad, b.norm.rows);
+  SUPY_CHECK(b.norm.mean == nullptr || b.norm.rstd != nullptr, OP, "expected rstd beside mean");
   b.from_out = b.norm.out != nullptr && b.norm.rstd != nullptr && b.norm.type == NormType::f32;
   SUPY_CHECK(b.from_out || (x && branch), OP, "expected x and branch, or out and rstd in float32");
   b.dx = check_like(dx, "dx", grad);

@@ -155,10 +155,11 @@ def test_threads_give_the_same_bits(kind):
 @pytest.mark.skipif(_extension.C is None, reason="needs supy._C")
 @pytest.mark.parametrize(
     "dtype, weight, kept_numbers",
-    [(torch.float32, 1.0, 60 + 3 + 40), (torch.float32, 0.0, 120 + 40), (torch.bfloat16, 1.0, 120 + 40)],
+    [(torch.float32, 1.0, 60 + 3 + 40), (torch.float32, 0.0, 120 + 40), (torch.bfloat16, 1.0, 120 + 40 + 6)],
 )
 def test_what_is_kept_for_the_gradients(dtype, weight, kept_numbers):
-    """In float32 the result and a number a row, where the weight allows it, else x and branch; never a mask."""
+    """In float32 the result and a number a row, where the weight allows it, else x and branch, in half precision also
+    two numbers a row; never a mask."""
     x, branch, _, bias, _ = tensors((3, 20), dtype)
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):

@@ -153,6 +153,7 @@ static void forward_rows(const DeepNormParams& p, const float* weight, const flo
       rstd = centre.rstd;
     }
     if (p.rstd != nullptr) p.rstd[row] = rstd;
+    if (p.mean != nullptr) p.mean[row] = mean;
     T* out = static_cast<T*>(p.out) + row * width;
     over(width, SUPY_OVER(i, access) {
       // The next row, of which reading would else begin when this one is done.
@@ -183,18 +184,33 @@ static void backward_rows(const DeepNormBackwardParams& b, const float* weight, 
     const Sources<T, DROPOUT> in(p, row, factors);
     const T* grad = static_cast<const T*>(b.grad) + row * width;
     Sum sum, squares, slopes, products;
-    along(width, SUPY_ALONG(i, s, access) {
-      const vec v = in.sum(i, access);
-      storev(z + i, v);
-      if (RMS) {
-        squares.place[s] += v * v;
-        products.place[s] += v * access.load(grad + i) * access.load(weight + i);
-      } else {
-        sum.place[s] += v;
-      }
-    });
     float mean = 0, rstd, slope = 0, product;
-    if (RMS) {
+    const bool known = !RMS && p.mean != nullptr;
+    if (known) {
+      mean = p.mean[row];
+      rstd = p.rstd[row];
+      along(width, SUPY_ALONG(i, s, access) {
+        const vec v = in.sum(i, access), g = access.load(grad + i) * access.load(weight + i);
+        storev(z + i, v);
+        slopes.place[s] += g;
+        products.place[s] += g * access.only(v - mean);
+      });
+    } else {
+      along(width, SUPY_ALONG(i, s, access) {
+        const vec v = in.sum(i, access);
+        storev(z + i, v);
+        if (RMS) {
+          squares.place[s] += v * v;
+          products.place[s] += v * access.load(grad + i) * access.load(weight + i);
+        } else {
+          sum.place[s] += v;
+        }
+      });
+    }
+    if (known) {
+      slope = slopes.total() / width;
+      product = products.total() * rstd / width;
+    } else if (RMS) {
       rstd = inverse_root(squares.total() / width, p.eps);
       product = products.total() * rstd / width;
     } else {
@@ -217,6 +233,9 @@ static void backward_rows(const DeepNormBackwardParams& b, const float* weight, 
     T* dx = b.dx == nullptr ? nullptr : static_cast<T*>(b.dx) + row * width;
     T* dbranch = b.dbranch == nullptr ? nullptr : static_cast<T*>(b.dbranch) + row * width;
     over(width, SUPY_OVER(i, access) {
+      __builtin_prefetch(in.x + width + i, 0, 2);
+      __builtin_prefetch(in.branch + width + i, 0, 2);
+      __builtin_prefetch(grad + width + i, 0, 2);
       const vec normalised = (loadv(z + i) - mean) * rstd, g = access.load(grad + i);
       const vec dz = (g * access.load(weight + i) - slope - normalised * product) * factor;
       if (dx != nullptr) access.template store<STREAM>(dx + i, dz * in.alpha);

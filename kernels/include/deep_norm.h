@@ -18,6 +18,7 @@ struct DeepNormParams {
   const void* branch;
   void* out;
   float* rstd;  // CPU only: [rows], where to keep 1 / sqrt(variance + eps), or null
+  float* mean;  // CPU only: [rows], where to keep the mean, beside rstd, or null
   NormType type;  // of these three
   NormVector weight, bias;
   int64_t rows, width;

@@ -53,7 +53,7 @@ def _cpp(x, branch, alpha, weight, bias, seed, *others):
     out = _like(x)
     x, branch, weight, bias = _contiguous(x, branch, weight, bias)
     numbers = _number(alpha, x, torch.float32), weight, bias, seed if seed is None else _number(seed, x, torch.int64)
-    _extension.C.deep_norm(x, branch, *numbers, *others, out, None)
+    _extension.C.deep_norm(x, branch, *numbers, *others, out, None, None)
     return out
 
 
@@ -65,7 +65,7 @@ def _cpp_backward(grad, x, branch, alpha, weight, bias, seed, *others):
     grad, x, branch, weight, bias = _contiguous(grad, x, branch, weight, bias)
     numbers = _number(alpha, x, torch.float32), weight, bias, seed if seed is None else _number(seed, x, torch.int64)
     into = (part if want else None for part, want in zip(parts, wanted))
-    _extension.C.deep_norm_backward(grad, x, branch, *numbers, *others, *into, None, None, _partial(grad))
+    _extension.C.deep_norm_backward(grad, x, branch, *numbers, *others, *into, None, None, None, _partial(grad))
     return parts
 
 
@@ -124,13 +124,16 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, branch, weight, bias, alpha, *others):
         out = torch.empty_like(x)
-        rstd = None
-        if x.dtype is torch.float32 and x.is_cpu:  # then out may be enough for the gradients
-            rstd = torch.empty(x.shape[:-1])
-        if _extension.C.deep_norm(x, branch, alpha, weight, bias, *others, out, rstd):
-            ctx.save_for_backward(None, None, weight, bias, out, rstd)
+        rstd = mean = None
+        if x.is_cpu:
+            if x.dtype is torch.float32:  # then out may be enough for the gradients
+                rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
+            elif not others[-1]:  # rms
+                rstd, mean = (torch.empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+        if _extension.C.deep_norm(x, branch, alpha, weight, bias, *others, out, rstd, mean):
+            ctx.save_for_backward(None, None, weight, bias, out, rstd, None)
         else:
-            ctx.save_for_backward(x, branch, weight, bias, None, None)
+            ctx.save_for_backward(x, branch, weight, bias, None, rstd if mean is not None else None, mean)
         ctx.numbers = alpha, others
         return out
 
@@ -157,7 +160,7 @@ class _Derivative(torch.autograd.Function):
         raise RuntimeError("supy.deep_norm has no implementation of a second derivative")
 
 
-def _derivative(grad, x, branch, weight, bias, out, rstd, numbers, wanted):
+def _derivative(grad, x, branch, weight, bias, out, rstd, mean, numbers, wanted):
     """Gradients for x, branch, weight and bias, or None."""
     alpha, others = numbers
     dx, dbranch, dweight, dbias = wanted
@@ -169,7 +172,7 @@ def _derivative(grad, x, branch, weight, bias, out, rstd, numbers, wanted):
     dweight = torch.empty_like(weight) if dweight else None
     dbias = torch.empty_like(bias) if dbias else None
     if grad.numel():
-        rest = dx, dbranch, dweight, dbias, out, rstd, _partial(grad)
+        rest = dx, dbranch, dweight, dbias, out, rstd, mean, _partial(grad)
         _extension.C.deep_norm_backward(grad, x, branch, alpha, weight, bias, *others, *rest)
     else:
         for part in (dweight, dbias):
@@ -221,8 +224,9 @@ def deep_norm(
 
     Returns:
         A contiguous tensor like x. Differentiable once with respect to x, branch, weight and bias. For that it keeps
-        x and branch, or, in float32 on a CPU, itself and one number a row instead, so that changing it in place before
-        the backward pass raises autograd's error; never the mask. The gradients of weight and bias have the same bits for any number of threads.
+        x and branch (and on a CPU two numbers a row in half precision) or, in float32 on a CPU, itself and one number a
+        row instead, so that changing it in place before the backward pass raises autograd's error; never the mask. The
+        gradients of weight and bias have the same bits for any number of threads.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree; a number is out of its range; alpha asks for a
@@ -280,7 +284,7 @@ def _directly(x, branch, weight, bias, alpha, seed, offset, dropout, eps, rms):
         if _records(x, branch, weight, bias):
             return _Direct.apply(x, branch, weight, bias, alpha, seed, offset, dropout, eps, rms)
         out = torch.empty_like(x)
-        _extension.C.deep_norm(x, branch, alpha, weight, bias, seed, offset, dropout, eps, rms, out, None)
+        _extension.C.deep_norm(x, branch, alpha, weight, bias, seed, offset, dropout, eps, rms, out, None, None)
         return out
     except (TypeError, ValueError):
         return None  # what follows copes with it, or says what is wrong
