@@ -104,7 +104,7 @@ def test_numbers_of_a_linear_network():
     y = x @ weight.T
     assert found.parameters == 20 and found.loss == pytest.approx((y.square().sum() / 2).item())
     gradient, bias = y.T @ x, y.sum(0)
-    rms = lambda z: z.square().mean().sqrt().item()  # noqa: E731
+    rms = lambda z: z.square().mean().sqrt().item()  # noqa: E731  the formula, in place
     step = -1e-3 * x @ gradient.T
     assert found.steps["sgd"].update_matrices == pytest.approx(rms(step))
     assert found.steps["sgd"].update == pytest.approx(rms(step - 1e-3 * bias))
