@@ -20,7 +20,7 @@ def check_picture(path: str | Path) -> None:
     if Path(path).suffix not in FORMATS:
         raise ValueError(f"{path}: expected a name that ends in {', '.join(FORMATS)}")
     try:
-        import matplotlib.figure  # noqa: F401 it is only asked for
+        import matplotlib.figure  # noqa: F401  asked for before a long search, and used after it
     except ImportError:
         raise ImportError("supy.argmax: the picture needs matplotlib: pip install supy[picture]") from None
 
